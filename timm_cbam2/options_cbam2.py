@@ -1,0 +1,85 @@
+"""Which values each CBAM2 option may take, and the one-line errors for the others."""
+
+import difflib
+import math
+from numbers import Integral, Real
+from typing import Any, Dict, Mapping, Optional
+
+__all__ = ["TEMPERATURE_EPS", "check_options", "complete_options"]
+
+TEMPERATURE_EPS = 1e-6  # a learnable temperature never falls below it
+FUSIONS = ("router", "static", "sum")
+ROUTER_POOLS = ("avg", "moments")
+GATES = ("sigmoid", "hard_sigmoid", "unit_sigmoid")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) > 0 and all(_is_count(v) for v in value)
+
+
+def _one_of(*names: str):
+    return lambda v: isinstance(v, str) and v in names, f"one of {', '.join(names)}"
+
+
+_COUNT = (_is_count, "a whole number of at least 1")
+_FLAG = (lambda v: isinstance(v, bool), "True or False")
+_RULES = {
+    "channels": _COUNT,
+    "rd_ratio": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "rd_channels": (lambda v: v is None or _is_count(v), "None or a whole number of at least 1"),
+    "rd_divisor": _COUNT,
+    "fusion": _one_of(*FUSIONS),
+    "router_channels": _COUNT,
+    "kernel_sizes": (_are_counts, "a list of one or more whole numbers of at least 1"),
+    "dilated": (lambda v: v is None or (_are_counts(v) and len(v) == 2), "None or a pair (kernel size, dilation)"),
+    "coords": _FLAG,
+    "router_pool": _one_of(*ROUTER_POOLS),
+    "temperature": (lambda v: _is_number(v) and v > TEMPERATURE_EPS, f"a finite number above {TEMPERATURE_EPS:g}"),
+    "learnable_temperature": _FLAG,
+    "gate": _one_of(*GATES),
+    "mlp_bias": _FLAG,
+}
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Check the values of those CBAM2 options that `options` names; other names are passed over.
+
+    Raises:
+        ValueError: Naming the option, its value and what is allowed.
+    """
+    for name, value in options.items():
+        is_allowed, allowed = _RULES.get(name, (None, ""))
+        if is_allowed is not None and not is_allowed(value):
+            raise ValueError(f"CBAM2 option {name}={value!r} is not allowed; give {allowed}.")
+    if options.get("router_pool") == "moments" and options.get("coords") is False:
+        raise ValueError(
+            "CBAM2 option router_pool='moments' is not allowed with coords=False; "
+            "give router_pool='avg', or coords=True."
+        )
+
+
+def complete_options(options: Optional[Mapping[str, Any]], defaults: Mapping[str, Any]) -> Dict[str, Any]:
+    """Check `options` and fill in `defaults` for those that are absent; lists become tuples.
+
+    Raises:
+        ValueError: For a name that is not in `defaults`, or a value that is not allowed.
+    """
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"cbam2={options!r} is not allowed; give a dict of options, such as dict(gate='sigmoid').")
+    completed = dict(defaults)
+    for name, value in (options or {}).items():
+        if name not in defaults:
+            close = difflib.get_close_matches(str(name), defaults, 1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(f"Unknown CBAM2 option {name}={value!r}.{hint} Allowed are {', '.join(defaults)}.")
+        completed[name] = tuple(value) if isinstance(value, list) else value
+    check_options(completed)
+    return completed

@@ -1,0 +1,139 @@
+"""The small parts of a CBAM2 block: gates, temperatures, routers, branches and coordinate maps."""
+
+import contextlib
+import math
+from typing import Final
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .options_cbam2 import TEMPERATURE_EPS
+
+__all__ = [
+    "Branch",
+    "Fc",
+    "Router",
+    "Temperature",
+    "apply_gate",
+    "compute_dtype",
+    "coordinate_maps",
+    "no_autocast",
+    "reset_convs",
+]
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """fp16 and bf16 squeeze, route and gate in fp32: sums over H·W and products with 1e4 leave fp16's range."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def no_autocast(x: torch.Tensor):
+    """Autocast would take the small products back to half precision."""
+    if torch.amp.is_autocast_available(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def apply_gate(z: torch.Tensor, gate: str) -> torch.Tensor:
+    if gate == "hard_sigmoid":
+        return F.hardsigmoid(z)
+    if gate == "unit_sigmoid":
+        return 2 * torch.sigmoid(z)
+    return torch.sigmoid(z)
+
+
+class Fc(nn.Conv2d):
+    """A 1x1 convolution in the checkpoint, a matrix product on (B, C_in) in the input's dtype when it runs."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool, device=None, dtype=None) -> None:
+        super().__init__(in_channels, out_channels, 1, bias=bias, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = self.bias
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        return F.linear(x, self.weight.flatten(1).to(x.dtype), bias)  # (B, C_out)
+
+
+class Router(nn.Module):
+    """A two-layer perceptron whose softmax mixes `choices` things per sample."""
+
+    def __init__(self, in_features: int, hidden: int, choices: int, device=None, dtype=None) -> None:
+        super().__init__()
+        self.fc1 = Fc(in_features, hidden, True, device, dtype)
+        self.fc2 = Fc(hidden, choices, True, device, dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.relu(self.fc1(x))).softmax(-1)  # (B, choices)
+
+
+class Temperature(nn.Module):
+    """The positive number that divides a gate's input: learnable as softplus(raw) + eps, or a fixed buffer."""
+
+    learnable: Final[bool]
+    eps: Final[float] = TEMPERATURE_EPS
+
+    def __init__(self, value: float = 1.0, learnable: bool = True, device=None, dtype=None) -> None:
+        super().__init__()
+        self.initial_value = float(value)
+        self.learnable = learnable
+        if learnable:
+            self.raw = nn.Parameter(torch.empty(1, device=device, dtype=dtype))  # FSDP refuses 0-d parameters
+        else:
+            self.register_buffer("value", torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Return to the temperature that was asked for."""
+        if self.learnable:
+            target = self.initial_value - self.eps
+            # The inverse of softplus; expm1 keeps small targets and expm1(-t) cannot overflow for large ones.
+            nn.init.constant_(self.raw, target + math.log(-math.expm1(-target)))
+        else:
+            nn.init.constant_(self.value, self.initial_value)
+
+    def forward(self, dtype: torch.dtype) -> torch.Tensor:
+        if self.learnable:
+            return F.softplus(self.raw.to(dtype)) + self.eps  # (1,)
+        return self.value.to(dtype)
+
+
+def reset_convs(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, (nn.Conv2d, Temperature)):
+            child.reset_parameters()
+
+
+def coordinate_maps(height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """X along the width and Y along the height, both in [-1, 1] and symmetric: (2, H, W).
+
+    Built from arange, which keeps H and W symbolic in torch.export and torch.compile; linspace would fix them.
+    """
+    x = (2 * torch.arange(width, device=device, dtype=dtype) - (width - 1)) / max(width - 1, 1)
+    y = (2 * torch.arange(height, device=device, dtype=dtype) - (height - 1)) / max(height - 1, 1)
+    return torch.stack([x[None, :].expand(height, width), y[:, None].expand(height, width)])
+
+
+class Branch(nn.Module):
+    """A depthwise k×k convolution, then a pointwise one to a single channel: stored so, run as one dense kernel."""
+
+    def __init__(self, maps: int, kernel_size: int, dilation: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.dilation = dilation
+        self.footprint = dilation * (kernel_size - 1) + 1
+        self.dw = nn.Conv2d(
+            maps, maps, kernel_size, padding=self.footprint // 2, dilation=dilation, groups=maps, bias=False, **dd
+        )
+        self.pw = nn.Conv2d(maps, 1, 1, bias=False, **dd)
+
+    def kernel(self, footprint: int, dtype: torch.dtype) -> torch.Tensor:
+        """The equal dense kernel (S, footprint, footprint), zeros between dilated taps and around it."""
+        taps = (self.pw.weight.transpose(0, 1).to(dtype) * self.dw.weight.to(dtype)).squeeze(1)  # (S, k, k)
+        if self.dilation > 1:
+            spread = torch.zeros(taps.shape[0], self.footprint, self.footprint, device=taps.device, dtype=dtype)
+            spread[:, :: self.dilation, :: self.dilation] = taps
+            taps = spread
+        margin = (footprint - self.footprint) // 2
+        return F.pad(taps, [margin, margin, margin, margin])
