@@ -1,13 +1,28 @@
-"""CBAM2 attention for every timm ResNet and ConvNeXt; importing this registers the models with timm."""
+"""CBAM2 attention for timm's ResNets and ConvNeXts; importing it registers them with timm and transformers."""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    TimmWrapperImageProcessor,
+)
 
 from .cbam2 import Cbam2, CbamAttention, ChannelAttn, SpatialAttn, record_attention, resolve_options
+from .configuration_cbam2 import Cbam2Config
 from .convnext_cbam2 import ConvNeXtCbam2
+from .modeling_cbam2 import Cbam2Backbone, Cbam2ForImageClassification, Cbam2Model
 from .resnet_cbam2 import CifarResNet, CifarResNetCbam2, ResNetCbam2
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Cbam2",
+    "Cbam2Backbone",
+    "Cbam2Config",
+    "Cbam2ForImageClassification",
+    "Cbam2Model",
     "CbamAttention",
     "ChannelAttn",
     "CifarResNet",
@@ -18,3 +33,10 @@ __all__ = [
     "record_attention",
     "resolve_options",
 ]
+
+# exist_ok: this package may be imported again, or after a model repository's own copy of these classes.
+AutoConfig.register(Cbam2Config.model_type, Cbam2Config, exist_ok=True)
+AutoModel.register(Cbam2Config, Cbam2Model, exist_ok=True)
+AutoModelForImageClassification.register(Cbam2Config, Cbam2ForImageClassification, exist_ok=True)
+AutoBackbone.register(Cbam2Config, Cbam2Backbone, exist_ok=True)
+AutoImageProcessor.register(Cbam2Config, image_processor_classes={"pil": TimmWrapperImageProcessor}, exist_ok=True)

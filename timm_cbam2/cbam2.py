@@ -30,7 +30,7 @@ from .parts_cbam2 import (
     reset_convs,
 )
 
-__all__ = ["Cbam2", "CbamAttention", "ChannelAttn", "SpatialAttn", "record_attention", "resolve_options"]
+__all__ = ["Cbam2", "CbamAttention", "ChannelAttn", "SpatialAttn", "is_cbam2", "record_attention", "resolve_options"]
 
 
 class CbamAttention(NamedTuple):
@@ -332,6 +332,11 @@ class Cbam2(nn.Module):
         return out, CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)
 
 
+def is_cbam2(module: nn.Module) -> bool:
+    """Whether `module` is a `Cbam2` block, also one whose class came from a model repository's copy of this file."""
+    return isinstance(module, Cbam2) or (type(module).__name__ == "Cbam2" and hasattr(module, "spatial"))
+
+
 @contextlib.contextmanager
 def record_attention(model: nn.Module) -> Iterator[Dict[str, CbamAttention]]:
     """Collect what every CBAM2 block of `model` decides in the forward passes made inside the context.
@@ -352,7 +357,7 @@ def record_attention(model: nn.Module) -> Iterator[Dict[str, CbamAttention]]:
     blocks = {
         ".".join(part for part in name.split(".") if part != "_orig_mod"): module
         for name, module in model.named_modules()
-        if isinstance(module, Cbam2)
+        if is_cbam2(module)
     }
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no Cbam2 block to record; create a model named '…_cbam2'.")

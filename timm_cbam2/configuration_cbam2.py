@@ -1,0 +1,205 @@
+"""One `config.json` that timm and transformers both read: timm's own fields, completed with transformers'."""
+
+import difflib
+import json
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, ClassVar
+
+import torch.nn as nn
+from huggingface_hub.dataclasses import strict
+from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.models._hub import save_config_for_hf
+from timm.models._pretrained import filter_pretrained_cfg
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+from .cbam2 import resolve_options
+from .convnext_cbam2 import ConvNeXtCbam2
+from .resnet_cbam2 import ResNetCbam2
+from .twins_cbam2 import WARM_START
+
+__all__ = ["Cbam2Config", "architectures", "entrypoint"]
+
+# As remote code these modules are no package's attributes, and timm's registry may hold another copy of them.
+_FAMILIES = [sys.modules[cls.__module__] for cls in (ResNetCbam2, ConvNeXtCbam2)]
+MAX_CLASSES = 1_000_000
+HEAD = "Cbam2ForImageClassification"
+# They would make timm fetch or change something behind the configuration's back.
+_REFUSED_ARGS = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "checkpoint_path",
+    "cache_dir",
+    "features_only",
+}
+
+
+def architectures() -> list[str]:
+    """Every architecture that a `Cbam2Config` may name."""
+    return sorted(name for family in _FAMILIES for name in family.default_cfgs if name.endswith("_cbam2"))
+
+
+def entrypoint(architecture: str) -> Callable[..., nn.Module]:
+    """The function that builds `architecture`; it is timm's entrypoint, called without its registry.
+
+    Raises:
+        ValueError: For a name that is not one of `architectures()`.
+    """
+    for family in _FAMILIES:
+        if isinstance(architecture, str) and architecture.endswith("_cbam2") and architecture in family.default_cfgs:
+            return getattr(family, architecture)
+    close = difflib.get_close_matches(str(architecture), architectures(), 1)
+    hint = f"; did you mean {close[0]}?" if close else ""
+    raise ValueError(f"Unknown architecture {str(architecture)[:80]!r} in a cbam2 configuration{hint}")
+
+
+def _default_cfg(architecture: str) -> dict[str, Any]:
+    """timm's description of the input and the layers, without where to get weights."""
+    family = sys.modules[entrypoint(architecture).__module__]
+    cfg = filter_pretrained_cfg(family.default_cfgs[architecture].default.to_dict(), remove_source=True)
+    for name in ("architecture", "tag"):
+        cfg.pop(name, None)
+    return cfg
+
+
+def _imagenet_names(num_classes: int) -> list[str] | None:
+    """English class names where the number of classes tells the ImageNet set, as timm and its wrapper infer them."""
+    subset = infer_imagenet_subset({"num_classes": num_classes})
+    return ImageNetInfo(subset).label_descriptions() if subset else None
+
+
+def _checked_count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_CLASSES:
+        raise ValueError(f"num_classes={str(value)[:40]} is not allowed; give a number from 0 to {MAX_CLASSES:,}.")
+    return value
+
+
+def _json(value: Any) -> Any:
+    """What `value` reads as after a trip through a file: lists for tuples."""
+    return json.loads(json.dumps(value))
+
+
+@strict
+class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of a CBAM2 network.
+
+    Args:
+        architecture: Name of a registered architecture, such as "resnet50_cbam2".
+        model_args: Arguments of timm's entrypoint, such as `in_chans`; the key "cbam2" holds the options of every
+            block, see `resolve_options`. Absent options are filled in, so that a saved file is complete.
+        pretrained_cfg: timm's description of the expected input (size, mean, std, crop) and of the layers.
+        out_features: Stages that `Cbam2Backbone` returns, from `stage_names`.
+        out_indices: The same as indices, which are timm's for `features_only`: 0 is the stem of a ResNet, and the
+            first stage of a ConvNeXt.
+        num_classes: timm's name of `num_labels`; 0 in the file of a model that has no classifier.
+        label_names: timm's name of the values of `id2label`.
+
+    Raises:
+        ValueError: For an unknown architecture, or an option or a number of classes that is not allowed.
+    """
+
+    model_type: ClassVar[str] = "cbam2"
+
+    architecture: str = "resnet50_cbam2"
+    model_args: dict[str, Any] | None = None
+    pretrained_cfg: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        default_cfg = _default_cfg(self.architecture)
+        self.pretrained_cfg = _json(dict(self.pretrained_cfg or default_cfg))
+        arguments = dict(self.model_args or {})
+        arguments.pop("num_classes", None)  # timm 1.0.31 writes it here too
+        refused = sorted(arguments.keys() & _REFUSED_ARGS)
+        if refused:
+            raise ValueError(f"model_args {refused[0]!r} is not allowed in a cbam2 configuration; leave it out.")
+        self.model_args = {**arguments, "cbam2": _json(resolve_options(arguments.get("cbam2")))}
+        if arguments.get("in_chans"):
+            size = self.pretrained_cfg.get("input_size") or default_cfg["input_size"]
+            self.pretrained_cfg["input_size"] = [arguments["in_chans"], *size[1:]]
+
+        kwargs = self._read_labels(kwargs, default_cfg["num_classes"])
+        out_features, out_indices = kwargs.pop("out_features", None), kwargs.pop("out_indices", None)
+        kwargs.pop("stage_names", None)
+        info = getattr(sys.modules[entrypoint(self.architecture).__module__], "CIFAR_DEPTHS", {})
+        stages = 3 if self.architecture.removesuffix("_cbam2") in info else 4
+        has_stem = "convnext" not in self.architecture  # timm's ConvNeXt does not offer its stem as a feature
+        self.stage_names = ["stem"] * has_stem + [f"stage{i + 1}" for i in range(stages)]
+        self.set_output_features_output_indices(out_features, out_indices)
+        super().__post_init__(**kwargs)
+
+    def _read_labels(self, kwargs: dict[str, Any], default_classes: int) -> dict[str, Any]:
+        """Settle `id2label` from what each library calls the number and the names of the classes."""
+        given = kwargs.pop("num_labels", None)
+        in_file = kwargs.pop("num_classes", None)
+        names = kwargs.pop("label_names", None)
+        if isinstance(names, dict):
+            names = [names[key] for key in sorted(names, key=int)]
+        if self.id2label is not None and given in (None, len(self.id2label)):
+            _checked_count(len(self.id2label))
+            return kwargs
+        count = _checked_count(next(n for n in (given, in_file, default_classes) if n is not None))
+        self.label2id = None
+        if given is not None and given != in_file:
+            names = None
+        elif not names or len(names) != count:
+            names = _imagenet_names(count)
+        names = names or [f"LABEL_{i}" for i in range(count)]
+        self.id2label = dict(enumerate(names))
+        self.label2id = {name: index for index, name in enumerate(names)} if len(set(names)) == count else None
+        return kwargs
+
+    @classmethod
+    def from_timm(cls, model: nn.Module) -> "Cbam2Config":
+        """The configuration of a timm model, as timm itself would write it.
+
+        Raises:
+            ValueError: For a model that is not a CBAM2 one.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "config.json"
+            save_config_for_hf(model, path)
+            return cls.from_dict({**json.loads(path.read_text(encoding="utf-8")), **cls._resolved(model)})
+
+    @staticmethod
+    def _resolved(model: nn.Module) -> dict[str, Any]:
+        """timm keeps only the `cbam2` that the caller passed, not what it resolved to."""
+        arguments = {**getattr(model, "_model_args", {}), "cbam2": dict(getattr(model, "cbam2_options", None) or {})}
+        return {"model_args": arguments}
+
+    @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As transformers', which takes a file that plain timm wrote for one of its own wrapper's."""
+        config, kwargs = super().get_config_dict(*args, **kwargs)
+        if config.get("model_type") == "timm_wrapper":
+            config["model_type"] = cls.model_type
+        return config, kwargs
+
+    def to_dict(self) -> dict[str, Any]:
+        """The contents of `config.json`, for both libraries."""
+        out = super().to_dict()
+        has_head = (self.architectures or [HEAD])[0] == HEAD
+        names = list(self.id2label.values())
+        out["num_classes"] = self.num_labels if has_head else 0
+        if has_head and names == _imagenet_names(self.num_labels):
+            out.pop("id2label"), out.pop("label2id")  # both libraries infer them
+        else:
+            unique = len(set(names)) == len(names)
+            out["label2id"] = {name: index for index, name in self.id2label.items()} if unique else None
+            if has_head and names != [f"LABEL_{i}" for i in range(len(names))]:
+                out["label_names"] = names
+        cfg = out["pretrained_cfg"]
+        for name in ("label_names", "label_descriptions"):
+            cfg.pop(name, None)
+        if str(cfg.get("tag", "")).startswith(WARM_START):
+            del cfg["tag"]  # says that the weights are timm's own, without attention
+        cfg["num_classes"] = out["num_classes"]
+        out["image_processor_type"] = "TimmWrapperImageProcessor"
+        out.pop("stage_names", None)
+        if out.get("out_indices") == [len(self.stage_names) - 1]:
+            out.pop("out_indices"), out.pop("out_features")
+        if self._auto_class is None:
+            out.pop("auto_map", None)  # names files that this library does not copy
+        return out

@@ -1,0 +1,313 @@
+"""CBAM2 networks as transformers models: timm's own network inside, timm's own keys in every saved file."""
+
+import re
+from dataclasses import dataclass
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from transformers import PreTrainedModel
+from transformers.backbone_utils import BackboneMixin
+from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.modeling_outputs import BackboneOutput, ModelOutput
+from transformers.utils import can_return_tuple
+
+from .cbam2 import CbamAttention, is_cbam2, record_attention
+from .configuration_cbam2 import Cbam2Config, entrypoint
+
+__all__ = ["Cbam2Backbone", "Cbam2ForImageClassification", "Cbam2Model", "Cbam2PreTrainedModel"]
+
+Attentions = Tuple[CbamAttention, ...]
+
+
+@dataclass
+class Cbam2ModelOutput(ModelOutput):
+    """Features of a batch.
+
+    Args:
+        last_hidden_state: (B, C, H, W), timm's `forward_features`.
+        pooler_output: (B, C'), timm's output with `num_classes=0`.
+        hidden_states: One map for each stage, timm's `forward_intermediates`.
+        attentions: One `CbamAttention` for each block, in the order of the network.
+    """
+
+    last_hidden_state: Optional[torch.FloatTensor] = None
+    pooler_output: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[Tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[Attentions] = None
+
+
+@dataclass
+class Cbam2ClassifierOutput(ModelOutput):
+    """Logits of a batch.
+
+    Args:
+        loss: (), when labels were given.
+        logits: (B, num_labels).
+        hidden_states: One map for each stage, timm's `forward_intermediates`.
+        attentions: One `CbamAttention` for each block, in the order of the network.
+    """
+
+    loss: Optional[torch.FloatTensor] = None
+    logits: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[Tuple[torch.FloatTensor, ...]] = None
+    attentions: Optional[Attentions] = None
+
+
+class Cbam2PreTrainedModel(PreTrainedModel):
+    """What the three models share: building timm's network, and files whose keys are timm's."""
+
+    config_class = Cbam2Config
+    config: Cbam2Config
+    base_model_prefix = "timm_model"  # transformers adds it to the keys of a file that lacks it
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    model_tags = ["timm", "cbam2"]
+    _no_split_modules = ["BasicBlock", "Bottleneck", "ConvNeXtCbam2Block"]
+
+    def _build(self, num_classes: int) -> None:
+        config = self.config
+        self.timm_model = entrypoint(config.architecture)(
+            pretrained=False, num_classes=num_classes, **config.model_args
+        )
+        self.timm_model._model_args = dict(config.model_args)  # as timm's factory does, for its own save
+        cfg = self.timm_model.pretrained_cfg
+        cfg.update(config.pretrained_cfg, architecture=config.architecture, num_classes=num_classes)
+        classifier = cfg.get("classifier")
+        self._classifier_keys = {f"timm_model.{classifier}.{part}" for part in ("weight", "bias")}
+        if num_classes == 0:
+            self._keys_to_ignore_on_load_unexpected = [rf"(^|\.){re.escape(str(classifier))}\.(weight|bias)$"]
+        self.post_init()
+
+    def init_weights(self) -> None:
+        """Nothing to do: timm's constructor has initialised the network."""
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise what a file lacked: a new classifier as timm's `reset_classifier` does, or all attention."""
+        if is_cbam2(module):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear) and module is self.timm_model.get_classifier():
+            module.reset_parameters()
+
+    @classmethod
+    def from_timm(cls, model: nn.Module) -> "Cbam2PreTrainedModel":
+        """Take over a timm model with its weights, such as one from `timm.create_model("resnet50_cbam2.from_a1_in1k")`.
+
+        Args:
+            model: A CBAM2 model; its weights are copied.
+
+        Raises:
+            ValueError: For a model that is not a CBAM2 one, or one without a classifier where this class has one.
+        """
+        if not hasattr(model, "cbam2_options"):
+            raise ValueError(f"{type(model).__name__} is not a CBAM2 model; create one named '…_cbam2'.")
+        wrapper = cls(Cbam2Config.from_timm(model))
+        weights = model.state_dict()
+        own = wrapper.timm_model.state_dict()
+        classifier = {key.removeprefix("timm_model.") for key in wrapper._classifier_keys}
+        wrapper.timm_model.load_state_dict({k: v for k, v in weights.items() if k in own or k not in classifier})
+        like = next(model.parameters())
+        return wrapper.to(device=like.device, dtype=like.dtype).train(model.training)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, warm_start: bool = False, **kwargs: Any
+    ) -> Any:
+        """As transformers', but strict: transformers only warns when a network is partly random.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id, saved by timm, by transformers or by `timm_cbam2.save`.
+            *model_args: For transformers.
+            warm_start: Accept a file without any attention, which then starts anew (the identity, by default).
+            **kwargs: For transformers.
+
+        Raises:
+            ValueError: When weights of the backbone are missing, or some are unexpected; they are named.
+            OSError: When there are no safetensors weights.
+        """
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)  # a pickle can run code
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        missing = set(info["missing_keys"]) - model._classifier_keys
+        attention = {
+            f"{name}.{key}" for name, block in model.named_modules() if is_cbam2(block) for key in block.state_dict()
+        }
+        if warm_start and attention <= missing:
+            missing -= attention
+        problems = [
+            f"{what}: {', '.join(sorted(key.removeprefix('timm_model.') for key in keys)[:5])} ({len(keys)} in all)"
+            for what, keys in (("missing", missing), ("unexpected", set(info["unexpected_keys"])))
+            if keys
+        ]
+        if problems:
+            hint = " For weights without attention, pass warm_start=True." if attention <= missing else ""
+            raise ValueError(
+                f"The weights in {pretrained_model_name_or_path} do not fit {model.config.architecture}: "
+                f"{'; '.join(problems)}.{hint}"
+            )
+        return (model, info) if with_info else model
+
+    def save_pretrained(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        state_dict: Optional[Dict[str, torch.Tensor]] = None,
+        **kwargs: Any,
+    ) -> None:
+        """As transformers', with timm's keys in the file, so that timm opens the folder too."""
+        if state_dict is None:
+            state_dict = {  # what device_map put on disk is on the meta device here
+                key: load_offloaded_parameter(self, key) if value.is_meta else value
+                for key, value in self.state_dict().items()
+            }
+        state_dict = {key.removeprefix("timm_model."): value for key, value in state_dict.items()}
+        super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
+
+    def load_state_dict(self, state_dict: Dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> Any:
+        """As torch's, also with timm's keys: `Trainer` gives the contents of a saved file when it resumes."""
+        prefix = "timm_model."
+        state_dict = {key if key.startswith(prefix) else prefix + key: value for key, value in state_dict.items()}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+        self.timm_model.set_grad_checkpointing(enable)
+
+    def get_input_embeddings(self) -> None:
+        """None: images are not embedded."""
+        return None
+
+    def _wanted(self, output_attentions: Optional[bool], output_hidden_states: Optional[bool]) -> Tuple[bool, bool]:
+        config = self.config
+        return (
+            bool(config.output_attentions if output_attentions is None else output_attentions),
+            bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states),
+        )
+
+    def _features(
+        self, pixel_values: torch.Tensor, with_attentions: bool, with_hidden_states: bool
+    ) -> Tuple[torch.Tensor, Optional[Tuple[torch.Tensor, ...]], Optional[Attentions]]:
+        """The last map (B, C, H, W), all maps, and what each block decided."""
+        if with_attentions:
+            with record_attention(self.timm_model) as records:
+                last, maps, _ = self._features(pixel_values, False, with_hidden_states)
+            return last, maps, tuple(records.values())
+        pixel_values = pixel_values.to(self.dtype)
+        if with_hidden_states:
+            last, maps = self.timm_model.forward_intermediates(pixel_values)
+            return last, tuple(maps), None
+        return self.timm_model.forward_features(pixel_values), None, None
+
+
+class Cbam2Model(Cbam2PreTrainedModel):
+    """A CBAM2 network without its classifier."""
+
+    def __init__(self, config: Cbam2Config) -> None:
+        """
+        Args:
+            config: Of any CBAM2 model.
+        """
+        super().__init__(config)
+        self._build(num_classes=0)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> Cbam2ModelOutput:
+        """
+        Args:
+            pixel_values: Images (B, in_chans, H, W).
+            output_attentions: Return one `CbamAttention` for each block.
+            output_hidden_states: Return the map of each stage.
+            **kwargs: `return_dict=False` for a tuple.
+        """
+        last, maps, attentions = self._features(pixel_values, *self._wanted(output_attentions, output_hidden_states))
+        return Cbam2ModelOutput(last, self.timm_model.forward_head(last), maps, attentions)
+
+
+class Cbam2ForImageClassification(Cbam2PreTrainedModel):
+    """A CBAM2 network with its classifier."""
+
+    def __init__(self, config: Cbam2Config) -> None:
+        """
+        Args:
+            config: With `num_labels` of at least 1.
+
+        Raises:
+            ValueError: When `config` has no classes.
+        """
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        if not self.num_labels:
+            raise ValueError("This model has no classifier: give num_labels=… for a new one, or use AutoModel.")
+        self._build(num_classes=self.num_labels)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: Optional[torch.Tensor] = None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> Cbam2ClassifierOutput:
+        """
+        Args:
+            pixel_values: Images (B, in_chans, H, W).
+            labels: (B,) of classes, (B, num_labels) of 0 and 1 for several labels, or numbers for a regression; see
+                `config.problem_type`.
+            output_attentions: Return one `CbamAttention` for each block.
+            output_hidden_states: Return the map of each stage.
+            **kwargs: `return_dict=False` for a tuple.
+        """
+        last, maps, attentions = self._features(pixel_values, *self._wanted(output_attentions, output_hidden_states))
+        logits = self.timm_model.forward_head(last)  # (B, num_labels)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return Cbam2ClassifierOutput(loss, logits, maps, attentions)
+
+
+class Cbam2Backbone(BackboneMixin, Cbam2PreTrainedModel):
+    """Feature maps by stage, equal to those of timm's `features_only=True` with the same indices."""
+
+    def __init__(self, config: Cbam2Config) -> None:
+        """
+        Args:
+            config: Its `out_features` or `out_indices` choose the stages, the last one if neither is given.
+        """
+        super().__init__(config)
+        self._build(num_classes=0)
+        self.num_features = [info["num_chs"] for info in self.timm_model.feature_info]
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        **kwargs: Any,
+    ) -> BackboneOutput:
+        """
+        Args:
+            pixel_values: Images (B, in_chans, H, W).
+            output_attentions: Return one `CbamAttention` for each block that ran.
+            output_hidden_states: Return the maps of all stages too.
+            **kwargs: `return_dict=False` for a tuple.
+        """
+        with_attentions, with_hidden_states = self._wanted(output_attentions, output_hidden_states)
+        if with_hidden_states or with_attentions:
+            _, maps, attentions = self._features(pixel_values, with_attentions, True)
+            chosen = tuple(maps[index] for index in self.out_indices)
+            return BackboneOutput(chosen, maps if with_hidden_states else None, attentions)
+        indices = [index % len(self.stage_names) for index in self.out_indices]
+        chosen = self.timm_model.forward_intermediates(
+            pixel_values.to(self.dtype), indices, intermediates_only=True, stop_early=True
+        )
+        return BackboneOutput(tuple(chosen))
