@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Iterator
 
 import timm
 import torch
 import typer
+from safetensors import SafetensorError
 from timm.models import get_arch_name, parse_model_name
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import timm_cbam2  # noqa: F401  (registers the models)
 
@@ -30,13 +33,11 @@ def names() -> list[str]:
 
 
 def _natural(name: str) -> list[Any]:
-    import re
-
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def suggest(name: str, count: int = 3) -> list[str]:
-    """The registered names nearest to `name`, best first; with a tag, `architecture.tag`, when only the tag is wrong."""
+    """The registered names nearest to `name`, best first; `architecture.tag` ones when only the tag is wrong."""
     architecture, _, tag = str(name).rpartition(":")[2].partition(".")
     if tag and timm.is_model(architecture):
         tagged = [f"{architecture}.{t}" for t in pretrained_tags(architecture)]
@@ -56,6 +57,16 @@ def pretrained_tags(name: str) -> list[str]:
     return sorted(tags, key=lambda t: t != default_tag)
 
 
+class _NoInit(TorchFunctionMode):
+    """Skips in-place operations: initialising tensors that hold nothing takes most of the time of making them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+            return args[0] if args else next(iter(kwargs.values()))
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass(frozen=True)
 class ModelRow:
     """One line of the table; `parameters` counts them with the default number of classes."""
@@ -66,7 +77,7 @@ class ModelRow:
     pretrained: str
 
 
-def table(pattern: str | None = None) -> list[ModelRow]:
+def table(pattern: str | None = None) -> Iterator[ModelRow]:
     """The models whose name matches `pattern` (a glob, or part of a name), sized without allocating them.
 
     Raises:
@@ -79,13 +90,11 @@ def table(pattern: str | None = None) -> list[ModelRow]:
         chosen = [n for n in every if fnmatch.fnmatch(n, glob)]
         if not chosen:
             raise UserError(f"no model is called {pattern!r}; {_nearest(pattern)}")
-    rows = []
     for name in chosen:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             parameters = sum(p.numel() for p in timm.create_model(name).parameters())
         tags = tuple(pretrained_tags(name))
-        rows.append(ModelRow(name, parameters, tags, _meaning(tags)))
-    return rows
+        yield ModelRow(name, parameters, tags, _meaning(tags))
 
 
 def _meaning(tags: tuple[str, ...]) -> str:
@@ -143,9 +152,7 @@ def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
         return timm.create_model(resolved, pretrained=pretrained, **kwargs)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":  # derives from Exception alone
-            raise
+    except SafetensorError as error:
         raise UserError(f"cannot load {name}: its model.safetensors is damaged ({one_line(error, 200)})") from error
 
 
@@ -187,13 +194,15 @@ def models(
     pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a glob such as 'resnet5*'.")] = None,
 ) -> None:
     """List the models: name, parameters, what pretrained=True means, and the tags of the weights to start from."""
-    rows = table(pattern)
-    width = max(len(row.name) for row in rows)
-    print(f"{'model':<{width}}  parameters  pretrained=True loads")
-    for row in rows:
+    width = max(map(len, names()))
+    count = weights = 0
+    for row in table(pattern):
+        if not count:
+            print(f"{'model':<{width}}  parameters  pretrained=True loads")
+        count, weights = count + 1, weights + len(row.tags)
         tags = f": {', '.join(row.tags)}" if row.tags else ""
-        print(f"{row.name:<{width}}  {row.parameters / 1e6:8.2f} M  {row.pretrained}{tags}")
-    print(f"{len(rows)} models, {sum(len(row.tags) for row in rows)} sets of weights; the first tag is the default")
+        print(f"{row.name:<{width}}  {row.parameters / 1e6:8.2f} M  {row.pretrained}{tags}", flush=True)
+    print(f"{count} models, {weights} sets of weights; the first tag is the default")
 
 
 if __name__ == "__main__":

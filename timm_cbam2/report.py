@@ -1,0 +1,165 @@
+"""What a run shows and leaves behind: progress, metrics.jsonl, curves and confusion matrices as pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["MetricsFile", "Progress", "confusion_picture", "curves_picture", "duration"]
+
+TRAIN, VAL = "#4477aa", "#cc6644"
+
+
+def duration(seconds: float) -> str:
+    """`seconds` for a person: 8 s, 2 min 05 s, 3 h 12 min."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    return f"{minutes} min {seconds:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """Loss, accuracy, images/s and time left: a bar on a terminal, else a plain line now and then.
+
+    Sums stay on the device and are read only when something is shown, so that a GPU is never waited for.
+
+    Args:
+        total: images in the whole run.
+        shown: off on all but the main process.
+        every: seconds between plain lines.
+    """
+
+    def __init__(self, total: int, shown: bool = True, every: float = 30.0):
+        self.total, self.shown, self.every = total, shown, every
+        self.bar = None
+        if shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, mininterval=0.5)
+        self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
+
+    def begin(self, title: str) -> None:
+        """Start an epoch."""
+        self.title, self.sums, self.began, self.here = title, None, time.monotonic(), 0
+        if self.bar is not None:
+            self.bar.set_description(title, refresh=False)
+
+    def step(self, images: int, sums: Tensor) -> None:
+        """Count a batch over all processes; `sums` (3,) holds this process's loss sum, hits and images."""
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.done, self.here = self.done + images, self.here + images
+        now = time.monotonic()
+        if self.bar is not None:
+            self.bar.update(images)
+        if self.shown and now - self.last > (0.5 if self.bar is not None else self.every):
+            self.last = now
+            loss, hits, count = self.sums.tolist()
+            text = f"loss {loss / max(count, 1):.3f}  accuracy {100 * hits / max(count, 1):.1f} %"
+            if self.bar is not None:
+                self.bar.set_postfix_str(text)
+            else:
+                left = (now - self.start) / self.done * (self.total - self.done)
+                print(f"{self.title}: {text}  {self.speed():.0f} images/s  {duration(left)} left", flush=True)
+
+    def speed(self) -> float:
+        """Images per second since the epoch began, over all processes."""
+        return self.here / max(time.monotonic() - self.began, 1e-9)
+
+    def say(self, line: str) -> None:
+        """Print a line that stays, above the bar if there is one."""
+        if not self.shown:
+            return
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object per evaluation, appended and on disk before training goes on."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, []
+
+    def append(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def curves_picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw loss and accuracy against the epoch, from the rows of `metrics.jsonl`."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    epochs = [row["epoch"] for row in rows]
+    mark = "o" if len(rows) < 30 else ""
+    for axes, key, factor, name in (
+        (left, "loss", 1, "loss (cross-entropy)"),
+        (right, "accuracy", 100, "accuracy (%)"),
+    ):
+        for split, colour, label in (("train", TRAIN, "training, augmented"), ("val", VAL, "validation")):
+            values = [factor * row[f"{split}_{key}"] for row in rows]
+            axes.plot(epochs, values, color=colour, marker=mark, markersize=4, label=label)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(name)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    right.axvline(best["epoch"], color=VAL, linewidth=1, linestyle=":")
+    right.set_title(f"best: {100 * best['val_accuracy']:.2f} % after epoch {best['epoch']}", fontsize=10)
+    figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title: str) -> None:
+    """Draw a confusion matrix (K, K) of counts, rows the truth, coloured by the share of each row.
+
+    Up to 20 classes the counts are written in, up to 60 the names.
+    """
+    from matplotlib.figure import Figure
+
+    count = len(classes)
+    share = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
+    side = min(max(4.5, 2.5 + 0.42 * count), 16)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
+    if count <= 60:
+        names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+        size = 9 if count <= 20 else 6
+        axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+        axes.set_yticks(range(count), names, fontsize=size)
+    if count <= 20:
+        for row, column in torch.nonzero(matrix).tolist():
+            colour = "white" if share[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(matrix[row, column])), ha="center", va="center", fontsize=8, color=colour)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=11)
+    _save(figure, path)
