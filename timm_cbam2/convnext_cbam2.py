@@ -17,8 +17,6 @@ __all__ = ["ConvNeXtCbam2", "ConvNeXtCbam2Block"]
 class ConvNeXtCbam2Block(ConvNeXtBlock):
     """timm's ConvNeXt block with attention; it is made of one, since timm's stages build their own."""
 
-    attn: Cbam2
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to the block's output."""
         shortcut = x
