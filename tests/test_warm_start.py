@@ -137,9 +137,8 @@ def test_fcmae_tags_lack_the_heads_norm_as_in_timm(folders, tmp_path):
     weights = {k: v for k, v in load_file(folder / "model.safetensors").items() if not k.startswith("head.")}
     save_file(weights, tmp_path / "model.safetensors")
     overlay = dict(file=str(tmp_path / "model.safetensors"))
-    model = timm.create_model(
-        "convnextv2_atto_cbam2.from_fcmae", pretrained=True, pretrained_cfg_overlay=overlay
-    ).eval()
+    tag = "convnextv2_atto_cbam2.from_fcmae"
+    model = timm.create_model(tag, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     assert model.num_classes == 0 and torch.equal(model.forward_features(images()), twin.forward_features(images()))
     del weights["stem.0.bias"]
     save_file(weights, tmp_path / "model.safetensors")
