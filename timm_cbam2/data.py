@@ -26,6 +26,8 @@ AUGMENT = {
     "none": dict(no_aug=True),
     # Keeps what is written in the image: for digits, letters, signs, anything with a handedness.
     "light": dict(scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None),
+    # Mirrors and crops little: for small pictures that the subject fills, such as CIFAR's.
+    "mild": dict(scale=(0.6, 1.0), ratio=(0.9, 1.1), color_jitter=None),
     "standard": dict(),  # timm's own: random resized crop, horizontal flip, colour jitter
 }
 
