@@ -27,7 +27,7 @@ from .zoo import class_names, load, pretrained_tags, resolve
 
 __all__ = ["finetune"]
 
-DEFAULT_LR = {"scratch": 3e-3, "pretrained": 5e-4}  # for AdamW, the default optimizer
+DEFAULT_LR = {"scratch": 2e-3, "pretrained": 5e-4}  # for AdamW, the default optimizer
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 
 
@@ -39,9 +39,9 @@ def finetune(
     pretrained: Annotated[
         bool | None, typer.Option(help="Start from weights; the default for folders, hf-hub: ids and names with a tag.")
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 12,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images per step and process.")] = 64,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; for adamw 3e-3, or 5e-4 if pretrained.")] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 6,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images per step and process.")] = 32,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; for adamw 2e-3, or 5e-4 if pretrained.")] = None,
     weight_decay: Annotated[float, typer.Option(min=0.0, help="Not applied to norms, biases, temperatures.")] = 0.05,
     opt: Annotated[str, typer.Option(help="Optimizer, by timm's name.")] = "adamw",
     sched: Annotated[str, typer.Option(help="Learning rate schedule, by timm's name.")] = "cosine",

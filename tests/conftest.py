@@ -1,0 +1,138 @@
+"""Commands run as a user runs them, and folders of real images to run them on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+Result = namedtuple("Result", "code out err")
+ROOT = Path(__file__).resolve().parent.parent
+
+# Importing torch takes seconds, so one process imports and then forks a fresh one for each command.
+SERVER = """
+import json, os, sys
+import accelerate, datasets, matplotlib.figure, sklearn.datasets
+from timm_cbam2 import cli
+print("ready", flush=True)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.chdir(job["cwd"])
+        for fd in (1, 2):
+            os.dup2(os.open(job["files"][fd - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+        sys.argv = ["timm-cbam2", *job["args"]]
+        cli.main()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory):
+    """Of every command: this checkout, no network, a cache of its own."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    offline = {"HF_HOME": cache, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    # Threads that spin while they wait make two busy processes crawl.
+    return {**os.environ, **offline, "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.fixture(scope="session")
+def run(environment, tmp_path_factory):
+    """`run(*args, cwd=...)` runs `timm-cbam2 ARGS` in a process of its own: exit code, stdout and stderr."""
+    folder = tmp_path_factory.mktemp("output")
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert server.stdout.readline() == "ready\n"
+
+    def call(*args, cwd=folder):
+        files = [str(folder / "stdout"), str(folder / "stderr")]
+        job = {"args": [str(a) for a in args], "cwd": str(cwd), "files": files}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        code = int(server.stdout.readline())
+        return Result(code, *(Path(file).read_text() for file in files))
+
+    yield call
+    server.stdin.close()
+    server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def refused(run):
+    """`refused(*args, words=...)` checks that a command ends with one line on stderr and exit code 2."""
+
+    def call(*args, words=(), **kwargs):
+        result = run(*args, **kwargs)
+        assert result.code == 2, result
+        lines = result.err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("timm-cbam2: "), result.err
+        for word in words:
+            assert str(word) in lines[0], (word, lines[0])
+        return lines[0]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def digits():
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    return np.round(loaded.images * (255 / 16)).astype(np.uint8), loaded.target
+
+
+@pytest.fixture(scope="session")
+def write_folder(digits):
+    """`write_folder(folder, classes, count, start=0)` writes PNG files of digits, a folder for each class."""
+
+    def write(folder, classes=(0, 1, 2), count=12, start=0):
+        pixels, labels = digits
+        for digit in classes:
+            where = Path(folder) / f"digit{digit}"
+            where.mkdir(parents=True)
+            for number, index in enumerate(np.flatnonzero(labels == digit)[start : start + count]):
+                Image.fromarray(pixels[index]).save(where / f"{number:03}.png")
+        return Path(folder)
+
+    return write
+
+
+@pytest.fixture
+def truncate():
+    """Cut a real JPEG in half: its header is fine, its pixels are not."""
+
+    def cut(path):
+        noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path, "JPEG")
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        return path
+
+    return cut
+
+
+QUICK = ("--model", "resnet20_cbam2", "--img-size", "8", "--batch-size", "16", "--workers", "0", "--epochs", "2")
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """Options of a run of a second or two."""
+    return QUICK
+
+
+@pytest.fixture(scope="session")
+def small_run(run, write_folder, tmp_path_factory):
+    """A finished run on three digits, and the folder it was trained on."""
+    base = tmp_path_factory.mktemp("small")
+    data = write_folder(base / "images")
+    result = run("finetune", "--data", data, *QUICK, "--output", base / "run")
+    assert result.code == 0, result
+    assert result.err == ""
+    return base / "run", data
