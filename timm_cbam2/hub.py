@@ -13,6 +13,7 @@ from typing import Any, Iterator, Sequence
 from timm.models import save_for_hf
 from torch import nn
 
+from .configuration_cbam2 import Cbam2Config
 from .twins_cbam2 import WARM_START
 
 __all__ = ["save"]
@@ -26,7 +27,7 @@ def save(
     data_config: dict[str, Any] | None = None,
     tag: str = "finetuned",
 ) -> Path:
-    """Write `model` so that `timm.create_model("local-dir:FOLDER", pretrained=True)` gives the same logits.
+    """Write `model` so that timm ("local-dir:FOLDER") and transformers (`AutoModel…`) give the same logits.
 
     The folder appears in one step when it is new; in one that is there, each file is replaced in one step and the other
     files stay. A failure before that leaves what was there untouched.
@@ -81,7 +82,13 @@ def _complete_config(path: Path, model: nn.Module, tag: str) -> None:
     cfg = config["pretrained_cfg"]
     if not cfg.get("tag") or cfg["tag"].startswith(WARM_START):
         cfg["tag"] = tag
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(config, indent=2) + "\n"
+    if "cbam2" in arguments:
+        completed = Cbam2Config.from_dict(config)
+        completed.architectures = ["Cbam2ForImageClassification" if model.num_classes else "Cbam2Model"]
+        completed.dtype = next(model.parameters()).dtype
+        text = completed.to_json_string()
+    path.write_text(text, encoding="utf-8")
 
 
 @contextmanager

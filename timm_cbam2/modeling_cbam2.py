@@ -8,7 +8,7 @@ import torch
 import torch.nn as nn
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
-from transformers.integrations.accelerate import load_offloaded_parameter
+from transformers.initialization import guard_torch_init_functions
 from transformers.modeling_outputs import BackboneOutput, ModelOutput
 from transformers.utils import can_return_tuple
 
@@ -85,12 +85,18 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         """Nothing to do: timm's constructor has initialised the network."""
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what a file lacked: a new classifier as timm's `reset_classifier` does, or all attention."""
-        if is_cbam2(module):
-            module.reset_parameters()
-        elif isinstance(module, nn.Linear) and module is self.timm_model.get_classifier():
-            module.reset_parameters()
+    @guard_torch_init_functions()  # leaves alone what came from a file
+    def initialize_weights(self) -> None:
+        """Initialise what a file lacked: a new classifier as timm's `reset_classifier` does, or the attention.
+
+        transformers' own walk passes over modules without direct parameters, so that no block would be reset as one.
+        """
+        for module in self.timm_model.modules():
+            if is_cbam2(module):
+                module.reset_parameters()
+        classifier = self.timm_model.get_classifier()
+        if isinstance(classifier, nn.Linear):
+            classifier.reset_parameters()
 
     @classmethod
     def from_timm(cls, model: nn.Module) -> "Cbam2PreTrainedModel":
@@ -125,7 +131,8 @@ class Cbam2PreTrainedModel(PreTrainedModel):
             **kwargs: For transformers.
 
         Raises:
-            ValueError: When weights of the backbone are missing, or some are unexpected; they are named.
+            ValueError: When weights of the backbone are missing, or some are unexpected; they are named. When
+                `device_map` offloads: several small kernels run as one, past the hooks that would fetch them.
             OSError: When there are no safetensors weights.
         """
         with_info = kwargs.pop("output_loading_info", False)
@@ -133,6 +140,11 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        devices = set(getattr(model, "hf_device_map", {}).values())
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise ValueError(
+                "Weights of CBAM2 models cannot be offloaded: give a device_map without disk or spare cpu."
+            )
         missing = set(info["missing_keys"]) - model._classifier_keys
         attention = {
             f"{name}.{key}" for name, block in model.named_modules() if is_cbam2(block) for key in block.state_dict()
@@ -150,6 +162,10 @@ class Cbam2PreTrainedModel(PreTrainedModel):
                 f"The weights in {pretrained_model_name_or_path} do not fit {model.config.architecture}: "
                 f"{'; '.join(problems)}.{hint}"
             )
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu":
+                # Views of the mapped file lie unaligned, for which kernels round in another order than for timm's.
+                tensor.data = tensor.data.clone()
         return (model, info) if with_info else model
 
     def save_pretrained(
@@ -160,11 +176,7 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         **kwargs: Any,
     ) -> None:
         """As transformers', with timm's keys in the file, so that timm opens the folder too."""
-        if state_dict is None:
-            state_dict = {  # what device_map put on disk is on the meta device here
-                key: load_offloaded_parameter(self, key) if value.is_meta else value
-                for key, value in self.state_dict().items()
-            }
+        state_dict = self.state_dict() if state_dict is None else state_dict
         state_dict = {key.removeprefix("timm_model."): value for key, value in state_dict.items()}
         super().save_pretrained(save_directory, is_main_process, state_dict, **kwargs)
 
@@ -193,14 +205,20 @@ class Cbam2PreTrainedModel(PreTrainedModel):
     ) -> Tuple[torch.Tensor, Optional[Tuple[torch.Tensor, ...]], Optional[Attentions]]:
         """The last map (B, C, H, W), all maps, and what each block decided."""
         if with_attentions:
-            with record_attention(self.timm_model) as records:
-                last, maps, _ = self._features(pixel_values, False, with_hidden_states)
-            return last, maps, tuple(records.values())
+            record = self._recorded_features
+            if torch.compiler.is_compiling():
+                record = torch.compiler.disable(record)  # hooks added after compiling never fire
+            return record(pixel_values, with_hidden_states)
         pixel_values = pixel_values.to(self.dtype)
         if with_hidden_states:
             last, maps = self.timm_model.forward_intermediates(pixel_values)
             return last, tuple(maps), None
         return self.timm_model.forward_features(pixel_values), None, None
+
+    def _recorded_features(self, pixel_values: torch.Tensor, with_hidden_states: bool) -> Any:
+        with record_attention(self.timm_model) as records:
+            last, maps, _ = self._features(pixel_values, False, with_hidden_states)
+        return last, maps, tuple(records.values())
 
 
 class Cbam2Model(Cbam2PreTrainedModel):
