@@ -8,6 +8,7 @@ import warnings
 import pytest
 import timm
 import torch
+from hf_cache import add_to_cache
 from randomise import randomise
 from safetensors.torch import load_file, save_file
 from timm.models._hub import save_for_hf
@@ -175,15 +176,6 @@ def test_a_checkpoint_of_our_own_stays_strict(name, tmp_path):
                 timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **kwargs)
 
 
-def cache(folder, home, repository):
-    """Put a folder into a Hugging Face cache, as a download would."""
-    root = home / "hub" / f"models--{repository.replace('/', '--')}"
-    (root / "refs").mkdir(parents=True)
-    (root / "refs" / "main").write_text("a" * 40)
-    (root / "snapshots").mkdir()
-    os.symlink(folder, root / "snapshots" / ("a" * 40))
-
-
 def run(code, home):
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -191,7 +183,7 @@ def run(code, home):
 
 def test_tags_load_from_timms_repository(folders, tmp_path):
     twin, folder = folders["resnet18"]
-    cache(folder, tmp_path, "timm/resnet18.a2_in1k")
+    add_to_cache(folder, tmp_path, "timm/resnet18.a2_in1k")
     save_file({"logits": twin(images()).detach()}, tmp_path / "logits.safetensors")
     code = (
         "import timm, timm_cbam2, torch, sys; from safetensors.torch import load_file\n"

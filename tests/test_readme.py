@@ -1,0 +1,82 @@
+"""What the README shows is what happens: its Python runs, its commands run, its numbers are the registry's."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from hf_cache import add_to_cache
+from PIL import Image
+from timm.models._hub import save_for_hf
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    return [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A cache with the weights that the README starts from; random ones, since only their shape matters here."""
+    home = tmp_path_factory.mktemp("home")
+    for name in ("resnet50", "resnet18"):
+        folder = tmp_path_factory.mktemp(name)
+        save_for_hf(timm.create_model(name), folder, safe_serialization=True)
+        add_to_cache(folder, home, f"timm/{name}.a1_in1k")
+    return home
+
+
+def test_the_python_runs(home, tmp_path):
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    code = "\n".join(blocks("python"))
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_commands_run(home, environment, tmp_path):
+    for name, colour in (("cat", "orange"), ("dog", "brown")):
+        (tmp_path / "my_images" / name).mkdir(parents=True)
+        for number in range(8):
+            Image.new("RGB", (60, 50 + number), colour).save(tmp_path / "my_images" / name / f"{number}.jpg")
+    environment = {**environment, "HF_HOME": str(home)}
+    ours = [command for command in commands() if command.startswith("timm-cbam2 ")]
+    assert len(ours) >= 3
+    for command in ours:
+        arguments = [sys.executable, "-m", "timm_cbam2.cli", *shlex.split(command)[1:]]
+        result = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, (command, result.stderr)
+    assert (tmp_path / "my_run" / "best" / "model.safetensors").is_file()
+
+
+def test_every_command_is_run_by_a_test():
+    """The two that create an environment are run by .ci/run and by test_package.py; the others above."""
+    kinds = {"python3 -m venv .venv": 0, "timm-cbam2 ": 0}
+    for command in commands():
+        kind = next((kind for kind in kinds if command.startswith(kind)), None)
+        assert kind is not None, f"no test runs: {command}"
+        kinds[kind] += 1
+    assert kinds["python3 -m venv .venv"] == 2
+
+
+def test_the_numbers_are_the_registrys():
+    import timm_cbam2  # noqa: F401
+
+    assert f"# {len(timm.list_models('*_cbam2'))} architectures" in README
+    tags = timm.list_pretrained("*_cbam2.from_*")
+    started = {tag.partition(".")[0] for tag in tags}
+    assert f"{len(started)} others, {len(tags)} tags" in README
+    licences = [timm.get_pretrained_cfg(tag).license for tag in tags]
+    assert f"{licences.count('cc-by-nc-4.0')} tags are non-commercial" in README
+    meta = sum(licences.count(name) for name in ("dinov3-license", "fair-noncommercial-research-license"))
+    assert f"and {meta} carry Meta's" in README
