@@ -18,13 +18,12 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .cbam2 import resolve_options
 from .convnext_cbam2 import ConvNeXtCbam2
 from .resnet_cbam2 import ResNetCbam2
-from .twins_cbam2 import WARM_START
+from .twins_cbam2 import MAX_CLASSES, WARM_START
 
 __all__ = ["Cbam2Config", "architectures", "entrypoint"]
 
 # As remote code these modules are no package's attributes, and timm's registry may hold another copy of them.
 _FAMILIES = [sys.modules[cls.__module__] for cls in (ResNetCbam2, ConvNeXtCbam2)]
-MAX_CLASSES = 1_000_000
 HEAD = "Cbam2ForImageClassification"
 # They would make timm fetch or change something behind the configuration's back.
 _REFUSED_ARGS = {

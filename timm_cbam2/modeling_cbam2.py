@@ -6,6 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
 from transformers.initialization import guard_torch_init_functions
@@ -137,9 +138,18 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
-        )
+        name = pretrained_model_name_or_path
+        try:
+            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"The weights of {name} are damaged or cut off ({error}). Get them again.") from error
+        except OSError as error:
+            if "model.safetensors" not in str(error):
+                raise
+            raise OSError(
+                f"{name} has no model.safetensors. Other weights, such as pytorch_model.bin, are pickles, which can "
+                "run code when they are read: have them saved anew as safetensors."
+            ) from error
         devices = set(getattr(model, "hf_device_map", {}).values())
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise ValueError(
@@ -159,8 +169,7 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         if problems:
             hint = " For weights without attention, pass warm_start=True." if attention <= missing else ""
             raise ValueError(
-                f"The weights in {pretrained_model_name_or_path} do not fit {model.config.architecture}: "
-                f"{'; '.join(problems)}.{hint}"
+                f"The weights in {name} do not fit {model.config.architecture}: {'; '.join(problems)}.{hint}"
             )
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu":

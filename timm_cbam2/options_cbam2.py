@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping, Optional
 
 __all__ = ["TEMPERATURE_EPS", "check_options", "complete_options"]
 
+MAX_COUNT = 2**16  # far above any use; a model file must not be able to ask for all memory
 TEMPERATURE_EPS = 1e-6  # a learnable temperature never falls below it
 FUSIONS = ("router", "static", "sum")
 ROUTER_POOLS = ("avg", "moments")
@@ -14,7 +15,7 @@ GATES = ("sigmoid", "hard_sigmoid", "unit_sigmoid")
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+    return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
 
 
 def _is_number(value: Any) -> bool:

@@ -3,13 +3,21 @@
 import dataclasses
 import warnings
 from collections import deque
+from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Set
 from urllib.error import URLError
 
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+)
+from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, is_model, list_models, register_model
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
@@ -18,6 +26,7 @@ from .cbam2 import Cbam2
 
 __all__ = ["build_twin", "register_once", "reset_attention", "twin_cfgs", "twin_entrypoints"]
 
+MAX_CLASSES = 1_000_000
 WARM_START = "from_"  # prefix of the tags whose weights are timm's own
 Weights = Dict[str, torch.Tensor]
 
@@ -147,6 +156,27 @@ def _check_weights(weights: Weights, model: nn.Module, remap: Optional[Callable]
     return weights
 
 
+def _check_source(cfg: Any) -> None:
+    """Refuse a model folder or repository from which timm would read a pickle, or that asks for absurd memory."""
+    if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
+        return
+    if not 0 <= int(cfg.get("num_classes") or 0) <= MAX_CLASSES:
+        raise ValueError(f"num_classes={cfg['num_classes']} is not allowed; give a number from 0 to {MAX_CLASSES:,}.")
+    where = cfg.get("hf_hub_id") or cfg.get("file")
+    try:
+        if cfg["source"] == "hf-hub":
+            repo, _, revision = where.partition("@")
+            hf_hub_download(repo, "model.safetensors", revision=revision or None)
+        found = cfg["source"] == "hf-hub" or (Path(where) / "model.safetensors").is_file()
+    except RemoteEntryNotFoundError:
+        found = False
+    if not found:
+        raise ValueError(
+            f"{where} has no model.safetensors. Other weights, such as pytorch_model.bin, are pickles, which can run "
+            "code when they are read: have them saved anew as safetensors."
+        )
+
+
 def build_twin(
     model_cls: Callable[..., nn.Module],
     variant: str,
@@ -164,7 +194,8 @@ def build_twin(
         **kwargs: For `build_model_with_cfg` and the class.
 
     Raises:
-        ValueError: When weights are missing, unexpected or of another shape; each is named.
+        ValueError: When weights are missing, unexpected or of another shape; each is named. Also when they are damaged,
+            or a model folder has only a pickle.
         RuntimeError: When the weights can be reached neither on the Hub nor in its cache.
     """
     given = kwargs.get("pretrained_cfg")
@@ -173,7 +204,11 @@ def build_twin(
         return _check_weights(weights, model, remap, _needs_attention(given, model.pretrained_cfg.get("tag")))
 
     try:
+        if pretrained:
+            _check_source(given)
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"The weights of {variant} are damaged or cut off ({error}). Get them again.") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, URLError) as error:
         cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
         raise RuntimeError(
