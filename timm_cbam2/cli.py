@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from .configs import configs
 from .errors import run_commands
 from .evaluate import evaluate
 from .finetune import finetune
 from .predict import predict
+from .push import pull, push
 from .zoo import models
 
 __all__ = ["main"]
@@ -15,7 +17,16 @@ __all__ = ["main"]
 
 def main() -> NoReturn:
     """Entry point of the console script."""
-    run_commands(finetune, evaluate, predict, models, help="CBAM2 image models: fine-tune, measure, use, list.")
+    run_commands(
+        finetune,
+        evaluate,
+        predict,
+        models,
+        push,
+        pull,
+        configs,
+        help="CBAM2 image models: fine-tune, measure, use, list, share.",
+    )
 
 
 if __name__ == "__main__":
