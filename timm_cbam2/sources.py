@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -260,6 +261,9 @@ def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
     require("datasets")
     import datasets
 
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is raised, too
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         if path is None:
             loaded = datasets.load_dataset(data)
