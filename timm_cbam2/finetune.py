@@ -47,7 +47,9 @@ def finetune(
     sched: Annotated[str, typer.Option(help="Learning rate schedule, by timm's name.")] = "cosine",
     warmup_epochs: Annotated[float, typer.Option(min=0.0, help="Epochs of rising learning rate.")] = 1.0,
     label_smoothing: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the target that is spread.")] = 0.0,
-    augment: Annotated[str, typer.Option(help="none, light (no mirroring), mild, standard (timm's), or auto.")] = "auto",
+    augment: Annotated[
+        str, typer.Option(help="none, light (no mirroring), mild, standard (timm's), or auto.")
+    ] = "auto",
     img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
     val_split: Annotated[float, typer.Option(help="Share held out where the data have no val split.")] = 0.2,
     image_column: Annotated[str | None, typer.Option(help="Column with the images, for a data set in tables.")] = None,
@@ -95,7 +97,9 @@ def finetune(
     }
     for part in parts.values():
         part.check_headers()
-    train_loader = make_loader(parts["train"], batch_size, workers, shuffle=True, seed=seed)
+    train_loader = make_loader(
+        parts["train"], batch_size, workers, shuffle=True, seed=seed, processes=accelerator.num_processes
+    )
     val_loader = make_loader(parts["val"], batch_size, workers)
     optimizer = create_optimizer_v2(network, opt=opt, lr=lr, weight_decay=weight_decay)
     parameters = sum(p.numel() for p in network.parameters())

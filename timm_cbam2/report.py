@@ -12,7 +12,7 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["MetricsFile", "Progress", "confusion_picture", "curves_picture", "duration"]
+__all__ = ["MetricsFile", "Progress", "confusion_picture", "curves_picture", "duration", "save_figure"]
 
 TRAIN, VAL = "#4477aa", "#cc6644"
 
@@ -102,7 +102,8 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a picture whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=120)
     temporary.replace(path)
@@ -133,7 +134,7 @@ def curves_picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> No
     right.axvline(best["epoch"], color=VAL, linewidth=1, linestyle=":")
     right.set_title(f"best: {100 * best['val_accuracy']:.2f} % after epoch {best['epoch']}", fontsize=10)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title: str) -> None:
@@ -162,4 +163,4 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title, fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
