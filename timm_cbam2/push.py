@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Iterator
 
-import httpx
 import typer
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
+    HTTPError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -158,12 +158,7 @@ def _check_size(repo_id: str, folder: Path, size: int) -> None:
         shapes = expected_shapes(read_config(folder))
     except ValueError as error:
         raise UserError(f"{repo_id}: {one_line(error)}") from error
-    numbers = 0
-    for shape in shapes.values():
-        count = 1
-        for side in shape:
-            count *= side
-        numbers += count
+    numbers = sum(math.prod(shape) for shape in shapes.values())
     if size > 8 * numbers + MAX_SMALL_FILE:
         raise UserError(
             f"{repo_id}: model.safetensors has {size:,} bytes, but its configuration asks for {numbers:,} numbers: "
@@ -175,12 +170,11 @@ def _download(repo_id: str, name: str, revision: str | None, sha256: str | None)
     """A file in the cache of huggingface_hub, which checks sizes; here its contents are checked as well."""
     path = Path(hf_hub_download(repo_id, name, revision=revision, library_name="timm_cbam2"))
     if sha256 is not None:
+        digest = hashlib.sha256()
         with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else ""
-            if not found:
-                stream.seek(0)
-                found = hashlib.sha256(stream.read()).hexdigest()
-        if found != sha256:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+        if digest.hexdigest() != sha256:
             path.resolve().unlink()  # or the cache would hand out the damaged file for ever
             path.unlink(missing_ok=True)
             raise UserError(f"{repo_id}: {name} arrived damaged (its checksum differs): try again")
@@ -193,7 +187,8 @@ def _explained(repo_id: str, outcome: str) -> Iterator[None]:
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:
-        kind = "revision" if isinstance(error, RevisionNotFoundError) else "repository"
+        kinds = {RevisionNotFoundError: "revision", RemoteEntryNotFoundError: "file"}
+        kind = kinds.get(type(error), "repository")
         status = error.response.status_code
         if status == 401:
             raise UserError(
@@ -215,9 +210,11 @@ def _explained(repo_id: str, outcome: str) -> Iterator[None]:
         raise UserError(f"{reason}; {outcome}") from error
     except OfflineModeIsEnabled as error:
         raise UserError(f"HF_HUB_OFFLINE is set: unset it and try again; {outcome}") from error
-    except (httpx.HTTPError, LocalEntryNotFoundError, OSError, RuntimeError, ValueError) as error:
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
+        if "committed" in outcome:
+            outcome = "it is one commit, so all of it arrived or nothing"
         raise UserError(f"the transfer failed ({one_line(error, 200)}): try again; {outcome}") from error
 
 

@@ -4,8 +4,10 @@ The CIFAR networks follow section 4.2 of `Deep Residual Learning for Image Recog
 https://arxiv.org/abs/1512.03385, with 1x1 convolutions on the shortcuts that change shape.
 """
 
+import json
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
@@ -172,12 +174,29 @@ def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
+def _shipped_cfgs(name: str) -> Dict[str, Any]:
+    """Configurations of the weights that come with this package, by `name.tag`.
+
+    In a wheel they lie in the package, in a source checkout beside it; as remote code there are none.
+    """
+    here = Path(__file__).parent
+    found: Dict[str, Any] = {}
+    for root in (here.parent, here):
+        for weights in sorted(root.glob(f"checkpoints/{name}.*/model.safetensors")):
+            config = json.loads(weights.with_name("config.json").read_text(encoding="utf-8"))
+            cfg = {k: v for k, v in config["pretrained_cfg"].items() if k != "tag"}
+            found[weights.parent.name] = _cifar_cfg(**cfg, label_names=config.get("label_names"), file=str(weights))
+    return found
+
+
 _twins = {twin.__name__: twin for twin in twin_entrypoints(timm_resnet, "_create_resnet", _create_resnet_cbam2)}
 _cifar_names = [name + suffix for name in CIFAR_DEPTHS for suffix in ("", "_cbam2")]
 
 default_cfgs = {
     **twin_cfgs(timm_resnet.default_cfgs, _twins),
-    **generate_default_cfgs({name: _cifar_cfg() for name in _cifar_names}),
+    **generate_default_cfgs(
+        {key: cfg for name in _cifar_names for key, cfg in (_shipped_cfgs(name) or {name: _cifar_cfg()}).items()}
+    ),
 }
 
 register_once(sys.modules[__name__], [*_twins.values(), *(_cifar_entrypoint(name) for name in _cifar_names)])

@@ -1,0 +1,112 @@
+"""Shipped models: each is as it was, gives its stored answer, and is found from a wheel and from a checkout."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from randomise import randomise
+from safetensors.torch import load_file, save_file
+
+from timm_cbam2.hub import save
+from timm_cbam2.shipped import make, verify
+
+ROOT = Path(__file__).resolve().parent.parent
+SHIPPED = sorted(path.parent for path in (ROOT / "checkpoints").glob("*/SHA256SUMS"))
+
+
+@pytest.mark.parametrize("folder", SHIPPED or [None], ids=lambda f: f.name if f else "none")
+def test_every_shipped_model_replays(folder):
+    if folder is None:
+        pytest.skip("no model is shipped yet")
+    verify(folder)
+    assert timm.create_model(folder.name, pretrained=True).num_classes
+    card = (folder / "README.md").read_text()
+    assert "model-index" in card and str(ROOT) not in card and "/tmp/" not in card
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory):
+    place = tmp_path_factory.mktemp("shipped")
+    model = randomise(timm.create_model("resnet20_cbam2", num_classes=10))
+    run = place / "run"
+    save(model, run / "best", label_names=[f"class {i}" for i in range(10)])
+    (run / "run.json").write_text(
+        json.dumps(dict(model="resnet20_cbam2", data=str(place / "things.parquet"), epochs=2))
+    )
+    row = dict(epoch=1, val_accuracy=0.5, val_loss=1.0, val_top5=0.9, val_images=100)
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    return make(run / "best", "resnet20_cbam2.things", place / "checkpoints")
+
+
+def test_make_and_verify(shipped, tmp_path):
+    verify(shipped)
+    names = {"README.md", "SHA256SUMS", "config.json", "example.safetensors", "model.safetensors"}
+    assert {file.name for file in shipped.iterdir()} == names
+    card = (shipped / "README.md").read_text()
+    assert "value: 50.0" in card and "things" in card and str(shipped.parent.parent) not in card
+    copy = shutil.copytree(shipped, tmp_path / shipped.name)
+    (copy / "README.md").write_text("changed")
+    with pytest.raises(ValueError, match="README.md is not the file that was shipped"):
+        verify(copy)
+    shutil.copy(shipped / "README.md", copy)
+    (copy / "optimizer.pt").write_text("")
+    with pytest.raises(ValueError, match="optimizer.pt"):
+        verify(copy)
+
+
+def test_another_answer_is_noticed(shipped, tmp_path):
+    copy = shutil.copytree(shipped, tmp_path / shipped.name)
+    example = load_file(copy / "example.safetensors")
+    before = (copy / "example.safetensors").read_bytes()
+    example["logits"][0, 0] += 0.1
+    save_file(example, copy / "example.safetensors")
+    import hashlib
+
+    sums = (copy / "SHA256SUMS").read_text()
+    after = (copy / "example.safetensors").read_bytes()
+    digests = [hashlib.sha256(data).hexdigest() for data in (before, after)]
+    (copy / "SHA256SUMS").write_text(sums.replace(*digests))
+    with pytest.raises(ValueError, match="other logits"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("name", ["resnet20_cbam2", "resnet32_cbam2.x", "resnet20_cbam2.a/b", "resnet20_cbam2.."])
+def test_a_wrong_name_is_refused(shipped, name, tmp_path):
+    with pytest.raises(ValueError, match="does not fit"):
+        make(shipped, name, tmp_path)
+
+
+def test_other_options_are_refused(tmp_path):
+    save(timm.create_model("resnet20_cbam2", cbam2=dict(gate="sigmoid")), tmp_path / "model")
+    with pytest.raises(ValueError, match="other cbam2 options"):
+        make(tmp_path / "model", "resnet20_cbam2.x", tmp_path)
+
+
+CODE = """
+import sys, timm, torch, timm_cbam2
+from safetensors.torch import load_file
+example = load_file(sys.argv[1] + "/example.safetensors")
+model = timm.create_model("resnet20_cbam2", pretrained=True).eval()
+assert torch.allclose(model(example["input"]), example["logits"], rtol=1e-4, atol=1e-5)
+assert timm.list_pretrained("resnet20_cbam2") == ["resnet20_cbam2.things"]
+assert model.pretrained_cfg["label_names"][3] == "class 3" and model.pretrained_cfg["tag"] == "things"
+assert timm.create_model("resnet20_cbam2.things", pretrained=True, num_classes=3).num_classes == 3
+print(timm_cbam2.__file__)
+"""
+
+
+@pytest.mark.parametrize("layout", ["wheel", "checkout"])
+def test_pretrained_finds_it_offline(shipped, tmp_path, layout):
+    package = shutil.copytree(
+        ROOT / "timm_cbam2", tmp_path / "timm_cbam2", ignore=shutil.ignore_patterns("checkpoints")
+    )
+    shutil.copytree(shipped.parent, (package if layout == "wheel" else tmp_path) / "checkpoints")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+    command = [sys.executable, "-c", CODE, str(shipped)]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr

@@ -1,0 +1,117 @@
+"""The models that come with this project: `checkpoints/ARCHITECTURE.TAG/`, with checksums and an answer to replay."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+from timm.models import get_arch_name
+from torch import Tensor
+
+from .card import card
+from .cbam2 import resolve_options
+from .errors import UserError, one_line, run_commands
+from .hub import check_folder, whole
+
+__all__ = ["make", "ship", "verify"]
+
+SUMS = "SHA256SUMS"
+EXAMPLE = "example.safetensors"
+TOLERANCE = dict(rtol=1e-3, atol=1e-4)  # between machines; the same machine gives the same bits
+
+
+def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Path:
+    """Turn the folder of a trained model into `ROOT/NAME`, ready to be shipped.
+
+    Args:
+        source: Folder of a model; a run beside it is described in the card.
+        name: "architecture.tag"; the package offers the weights under it.
+        root: Where to.
+
+    Returns:
+        The folder, which holds config.json, model.safetensors, README.md, an input with its logits, and SHA256SUMS.
+
+    Raises:
+        ValueError: The model is damaged, of another architecture, or has options that its name does not tell.
+    """
+    source = Path(source)
+    config = check_folder(source)
+    architecture, _, tag = name.partition(".")
+    if config["architecture"] != architecture or not tag or not tag.isidentifier():
+        raise ValueError(f"{name!r} does not fit: write {config['architecture']}.TAG, with a TAG of letters and digits")
+    options = (config.get("model_args") or {}).get("cbam2")
+    if options is not None and resolve_options(options) != resolve_options():
+        raise ValueError(f"{source} has other cbam2 options than the defaults that {name!r} stands for")
+    config["pretrained_cfg"]["tag"] = tag
+    with whole(Path(root) / name) as folder:
+        shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(card(source, f"user/{name}"), encoding="utf-8")
+        images = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
+        save_file({"input": images, "logits": _answer(folder, images)}, folder / EXAMPLE)
+        lines = [f"{_sha256(file)}  {file.name}" for file in sorted(folder.iterdir())]
+        (folder / SUMS).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return Path(root) / name
+
+
+def verify(folder: str | Path) -> None:
+    """Check a shipped folder: its checksums, its form, and that it still gives the stored answer.
+
+    Raises:
+        ValueError: What is not as it was shipped.
+    """
+    folder = Path(folder)
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    sums = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    names = {file.name for file in folder.iterdir()} - {SUMS}
+    if names != sums.keys():
+        raise ValueError(f"{folder}: {', '.join(sorted(names ^ sums.keys()))}: not both there and in {SUMS}")
+    for name, digest in sums.items():
+        if _sha256(folder / name) != digest:
+            raise ValueError(f"{folder / name} is not the file that was shipped: its checksum differs")
+    config = check_folder(folder)
+    if folder.name != f"{config['architecture']}.{config['pretrained_cfg'].get('tag')}":
+        raise ValueError(f"{folder} holds {config['architecture']}.{config['pretrained_cfg'].get('tag')}")
+    example = load_file(folder / EXAMPLE)
+    logits = _answer(folder, example["input"])
+    if not torch.allclose(logits, example["logits"], **TOLERANCE):
+        gap = (logits - example["logits"]).abs().max().item()
+        raise ValueError(f"{folder} gives other logits than when it was shipped (by up to {gap:.3g})")
+
+
+def _answer(folder: Path, images: Tensor) -> Tensor:
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with torch.no_grad():
+        return model(images)  # (B, num_classes)
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def ship(
+    source: Annotated[Path, typer.Argument(help="Folder of a trained model, such as a run's best/.")],
+    name: Annotated[str, typer.Argument(metavar="ARCHITECTURE.TAG", help="What to call it.")],
+    root: Annotated[Path, typer.Option(help="Where the shipped models lie.")] = Path("checkpoints"),
+) -> None:
+    """Make a model one that comes with the project."""
+    try:
+        folder = make(source, name, root)
+        verify(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(one_line(error)) from error
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(
+        f"{folder}: {size / 1e6:.1f} MB; `timm.create_model({get_arch_name(name)!r}, pretrained=True)` starts from it"
+    )
+
+
+if __name__ == "__main__":
+    run_commands(ship)
