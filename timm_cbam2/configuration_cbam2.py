@@ -136,6 +136,8 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         names = kwargs.pop("label_names", None)
         if isinstance(names, dict):
             names = [names[key] for key in sorted(names, key=int)]
+        if in_file is not None:
+            _checked_count(in_file)
         if self.id2label is not None and given in (None, len(self.id2label)):
             _checked_count(len(self.id2label))
             return kwargs

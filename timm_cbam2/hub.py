@@ -95,9 +95,9 @@ def check_folder(folder: str | Path) -> dict[str, Any]:
     config = read_config(folder)
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pth", ".pt", ".ckpt"))
-        hint = f"; {others[0]} is a pickle, which can run code when it is read: save it anew as safetensors"
-        raise ValueError(f"{folder} has no model.safetensors{hint if others else ''}")
+        pickles = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pth", ".pt", ".ckpt"))
+        hint = "; {} is a pickle, which can run code when it is read: save it anew as safetensors"
+        raise ValueError(f"{folder} has no model.safetensors{hint.format(pickles[0]) if pickles else ''}")
     expected = expected_shapes(config)
     try:
         with safe_open(weights, framework="pt") as file:

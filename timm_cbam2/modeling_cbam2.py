@@ -6,6 +6,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.backbone_utils import BackboneMixin
@@ -15,6 +16,7 @@ from transformers.utils import can_return_tuple
 
 from .cbam2 import CbamAttention, is_cbam2, record_attention
 from .configuration_cbam2 import Cbam2Config, entrypoint
+from .twins_cbam2 import require_safetensors
 
 __all__ = ["Cbam2Backbone", "Cbam2ForImageClassification", "Cbam2Model", "Cbam2PreTrainedModel"]
 
@@ -132,24 +134,24 @@ class Cbam2PreTrainedModel(PreTrainedModel):
             **kwargs: For transformers.
 
         Raises:
-            ValueError: When weights of the backbone are missing, or some are unexpected; they are named. When
+            ValueError: When weights of the backbone are missing, or some are unexpected; they are named. When there are
+                no safetensors weights, or damaged ones. When
                 `device_map` offloads: several small kernels run as one, past the hooks that would fetch them.
-            OSError: When there are no safetensors weights.
+            OSError: When they cannot be fetched.
         """
         with_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         name = pretrained_model_name_or_path
+        if name is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
+            wanted = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+            try:
+                require_safetensors(name, **{key: kwargs[key] for key in wanted if kwargs.get(key)})
+            except HTTPError as error:
+                raise OSError(f"The weights of {name} could not be fetched ({error}). Try again.") from error
         try:
             model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(f"The weights of {name} are damaged or cut off ({error}). Get them again.") from error
-        except OSError as error:
-            if "model.safetensors" not in str(error):
-                raise
-            raise OSError(
-                f"{name} has no model.safetensors. Other weights, such as pytorch_model.bin, are pickles, which can "
-                "run code when they are read: have them saved anew as safetensors."
-            ) from error
         devices = set(getattr(model, "hf_device_map", {}).values())
         if "disk" in devices or ("cpu" in devices and len(devices) > 1):
             raise ValueError(

@@ -215,7 +215,8 @@ def _explained(repo_id: str, outcome: str) -> Iterator[None]:
             raise
         if "committed" in outcome:
             outcome = "it is one commit, so all of it arrived or nothing"
-        raise UserError(f"the transfer failed ({one_line(error, 200)}): try again; {outcome}") from error
+        reason = f"{one_line(error, 100)} {one_line(error.__cause__ or '', 200)}".strip()
+        raise UserError(f"the transfer failed ({reason}): try again; {outcome}") from error
 
 
 if __name__ == "__main__":

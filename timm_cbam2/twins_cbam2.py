@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
-    HfHubHTTPError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -24,7 +24,7 @@ from timm.models._pretrained import DefaultCfg
 
 from .cbam2 import Cbam2
 
-__all__ = ["build_twin", "register_once", "reset_attention", "twin_cfgs", "twin_entrypoints"]
+__all__ = ["build_twin", "register_once", "require_safetensors", "reset_attention", "twin_cfgs", "twin_entrypoints"]
 
 MAX_CLASSES = 1_000_000
 WARM_START = "from_"  # prefix of the tags whose weights are timm's own
@@ -156,25 +156,36 @@ def _check_weights(weights: Weights, model: nn.Module, remap: Optional[Callable]
     return weights
 
 
+def require_safetensors(where: Any, **options: Any) -> None:
+    """Refuse a model folder or repository whose weights are not in safetensors, before anything reads them.
+
+    Args:
+        where: The folder, or the repository's id.
+        **options: For `hf_hub_download`, such as `revision`.
+
+    Raises:
+        ValueError: It has other weights or none.
+    """
+    for name in ("model.safetensors", "model.safetensors.index.json"):
+        try:
+            if Path(where, name).is_file() if Path(where).is_dir() else hf_hub_download(str(where), name, **options):
+                return
+        except RemoteEntryNotFoundError:
+            continue
+    raise ValueError(
+        f"{where} has no model.safetensors. Other weights, such as pytorch_model.bin, are pickles, which can run code "
+        "when they are read: have them saved anew as safetensors."
+    )
+
+
 def _check_source(cfg: Any) -> None:
     """Refuse a model folder or repository from which timm would read a pickle, or that asks for absurd memory."""
     if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
         return
     if not 0 <= int(cfg.get("num_classes") or 0) <= MAX_CLASSES:
         raise ValueError(f"num_classes={cfg['num_classes']} is not allowed; give a number from 0 to {MAX_CLASSES:,}.")
-    where = cfg.get("hf_hub_id") or cfg.get("file")
-    try:
-        if cfg["source"] == "hf-hub":
-            repo, _, revision = where.partition("@")
-            hf_hub_download(repo, "model.safetensors", revision=revision or None)
-        found = cfg["source"] == "hf-hub" or (Path(where) / "model.safetensors").is_file()
-    except RemoteEntryNotFoundError:
-        found = False
-    if not found:
-        raise ValueError(
-            f"{where} has no model.safetensors. Other weights, such as pytorch_model.bin, are pickles, which can run "
-            "code when they are read: have them saved anew as safetensors."
-        )
+    repo, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
+    require_safetensors(repo or cfg["file"], revision=revision or None)
 
 
 def build_twin(
@@ -209,7 +220,7 @@ def build_twin(
         return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
     except SafetensorError as error:
         raise ValueError(f"The weights of {variant} are damaged or cut off ({error}). Get them again.") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, URLError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, URLError) as error:
         cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
         raise RuntimeError(
             f"The pretrained weights of {variant} could not be fetched from {cfg.hf_hub_id or cfg.url} and are not "
