@@ -17,6 +17,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import make_divisible, register_notrace_module
 
+from .fused_cbam2 import can_fuse, fused, fused_without_grad
 from .options_cbam2 import check_options, complete_options
 from .parts_cbam2 import (
     Branch,
@@ -123,11 +124,9 @@ class ChannelAttn(nn.Module):
             if self.fc2.bias is not None:
                 nn.init.zeros_(self.fc2.bias)
 
-    def attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """The mask (B, C, 1, 1) in x's dtype, and the fusion weights (B, 2) or None, of x (B, C, H, W)."""
-        dtype = compute_dtype(x)
-        s_avg = x.mean((2, 3), dtype=dtype)  # (B, C)
-        s_max = x.amax((2, 3)).to(dtype)  # (B, C)
+    def mask_of(self, s_avg: torch.Tensor, s_max: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The mask (B, C), and the fusion weights (B, 2) or None, of the two squeezes (B, C)."""
+        dtype = s_avg.dtype
         hidden_avg, hidden_max = F.relu(self.fc1(torch.cat([s_avg, s_max]))).chunk(2)  # (B, R) each
         weights: Optional[torch.Tensor] = None
         # fc2 is linear and the weights sum to 1, so mixing before it equals mixing after it at half the cost.
@@ -143,7 +142,12 @@ class ChannelAttn(nn.Module):
         bias = self.fc2.bias
         if self.is_sum and bias is not None:
             z = z + bias.to(dtype)  # both squeezes carry it
-        mask = apply_gate(z / self.temperature(dtype), self.gate)
+        return apply_gate(z / self.temperature(dtype), self.gate), weights
+
+    def attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The mask (B, C, 1, 1) in x's dtype, and the fusion weights (B, 2) or None, of x (B, C, H, W)."""
+        dtype = compute_dtype(x)
+        mask, weights = self.mask_of(x.mean((2, 3), dtype=dtype), x.amax((2, 3)).to(dtype))
         return mask.to(x.dtype)[:, :, None, None], weights
 
     def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
@@ -216,11 +220,11 @@ class SpatialAttn(nn.Module):
             for branch in self.branches:
                 nn.init.zeros_(branch.pw.weight)
 
-    def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
-        dtype = compute_dtype(y)
-        batch, _, height, width = y.shape
-        maps = torch.stack([y.mean(1, dtype=dtype), y.amax(1).to(dtype)], 1)  # (B, 2, H, W)
+    def mask_of(self, avg: torch.Tensor, largest: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The mask (B, H, W) and the router weights (B, K) of the average and maximum over channels (B, H, W)."""
+        dtype = avg.dtype
+        batch, height, width = avg.shape
+        maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
         pooled = maps.mean((2, 3))  # (B, 2)
         kernels = []
         for branch in self.branches:
@@ -228,7 +232,7 @@ class SpatialAttn(nn.Module):
         kernel = torch.stack(kernels)  # (K, S, footprint, footprint)
         z = F.conv2d(maps, kernel[:, :2], padding=self.footprint // 2)  # (B, K, H, W)
         if self.coords:
-            grid = coordinate_maps(height, width, y.device, dtype)  # (2, H, W)
+            grid = coordinate_maps(height, width, avg.device, dtype)  # (2, H, W)
             # The coordinate half depends on size and weights only: once for the whole batch.
             z = z + F.conv2d(grid[None], kernel[:, 2:], padding=self.footprint // 2)
             if self.moments:
@@ -237,9 +241,14 @@ class SpatialAttn(nn.Module):
                 place = grid.mean((1, 2)).expand(batch, 2)
             pooled = torch.cat([pooled, place], 1)  # (B, S)
         weights = self.router(pooled)  # (B, K)
-        z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, 1, height, width)
-        mask = apply_gate(z / self.temperature(dtype), self.gate)
-        return mask.to(y.dtype), weights
+        z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
+        return apply_gate(z / self.temperature(dtype), self.gate), weights
+
+    def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
+        dtype = compute_dtype(y)
+        mask, weights = self.mask_of(y.mean(1, dtype=dtype), y.amax(1).to(dtype))
+        return mask.to(y.dtype)[:, None], weights
 
     def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
         """
@@ -326,7 +335,12 @@ class Cbam2(nn.Module):
         if torch.jit.is_scripting():
             return self.spatial(self.channel(x))
         if not return_attention:
-            return self.spatial(self.channel(x))
+            if not can_fuse(self, x):
+                return self.spatial(self.channel(x))
+            with no_autocast(x):
+                if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+                    return fused(self, x)
+                return fused_without_grad(self, x)
         y, channel_mask, fusion_weights = self.channel(x, return_attention=True)
         out, spatial_mask, router_weights = self.spatial(y, return_attention=True)
         return out, CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)
