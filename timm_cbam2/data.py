@@ -220,15 +220,18 @@ def _start_worker(worker: int) -> None:
 
 
 def make_loader(
-    dataset: ImageDataset, batch_size: int, workers: int, *, shuffle: bool = False, seed: int = 0
+    dataset: ImageDataset, batch_size: int, workers: int, *, shuffle: bool = False, seed: int = 0, processes: int = 1
 ) -> DataLoader:
-    """Batches of (images (B, C, H, W), labels (B,), indices (B,)), in an order that depends on `seed` alone."""
+    """Batches of (images (B, C, H, W), labels (B,), indices (B,)), in an order that depends on `seed` alone.
+
+    `batch_size` is that of each of `processes`.
+    """
     return DataLoader(
         dataset,
         batch_size=batch_size,
         shuffle=shuffle,
-        # BatchNorm cannot train on a last batch of one image.
-        drop_last=shuffle and len(dataset) > batch_size,
+        # BatchNorm cannot train on a last batch of one image; yet something must be left to train on.
+        drop_last=shuffle and len(dataset) >= batch_size * processes,
         num_workers=workers,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(seed),

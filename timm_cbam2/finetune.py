@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import signal
 import time
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Iterator
 
@@ -17,9 +19,10 @@ import typer
 from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from torch import nn
+from torch.utils.data import DataLoader
 
 from .data import AUGMENT, ImageDataset, Images, data_config, find_images, make_loader
-from .errors import UserError, require, run_commands
+from .errors import UserError, one_line, require, run_commands
 from .evaluate import predict_all
 from .hub import save
 from .report import MetricsFile, Progress, curves_picture, duration
@@ -101,20 +104,25 @@ def finetune(
         parts["train"], batch_size, workers, shuffle=True, seed=seed, processes=accelerator.num_processes
     )
     val_loader = make_loader(parts["val"], batch_size, workers)
-    optimizer = create_optimizer_v2(network, opt=opt, lr=lr, weight_decay=weight_decay)
+    try:
+        optimizer = create_optimizer_v2(network, opt=opt, lr=lr, weight_decay=weight_decay)
+    except (AssertionError, ImportError, NameError, ValueError) as error:  # one that needs a package or a GPU
+        raise UserError(f"--opt {opt} cannot be used here: {one_line(error, 200)}; try --opt adamw") from error
     parameters = sum(p.numel() for p in network.parameters())
     network, optimizer, train_loader, val_loader = accelerator.prepare(network, optimizer, train_loader, val_loader)
-    steps = len(train_loader)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched,
-        num_epochs=epochs,
-        warmup_epochs=min(warmup_epochs, epochs / 2),
-        warmup_lr=lr / 100,
-        min_lr=lr / 1000,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-    )
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched,
+            num_epochs=epochs,
+            warmup_epochs=min(warmup_epochs, epochs / 2),
+            warmup_lr=lr / 100,
+            min_lr=lr / 1000,
+            step_on_epochs=False,
+            updates_per_epoch=len(train_loader),
+        )
+    except ValueError as error:
+        raise UserError(f"--sched {sched} with --epochs {epochs}: {one_line(error, 200)}") from error
 
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
@@ -146,30 +154,27 @@ def finetune(
     return run.train()
 
 
+@dataclass
 class _Run:
     """The loop and what it leaves in the run folder."""
 
-    def __init__(
-        self,
-        accelerator,
-        network,
-        optimizer,
-        scheduler,
-        train_loader,
-        val_loader,
-        parts,
-        folder,
-        settings,
-        images,
-        config,
-    ):
-        self.accelerator, self.network, self.optimizer, self.scheduler = accelerator, network, optimizer, scheduler
-        self.train_loader, self.val_loader, self.parts = train_loader, val_loader, parts
-        self.folder, self.settings, self.images, self.config = folder, settings, images, config
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=settings["label_smoothing"])
-        self.metrics = MetricsFile(folder / "metrics.jsonl")
-        self.best: dict[str, Any] | None = None
-        self.updates = 0
+    accelerator: Any
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    train_loader: DataLoader
+    val_loader: DataLoader
+    parts: dict[str, ImageDataset]
+    folder: Path
+    settings: dict[str, Any]
+    images: Images
+    config: dict[str, Any]
+    best: dict[str, Any] | None = None
+    updates: int = 0
+
+    def __post_init__(self) -> None:
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=self.settings["label_smoothing"])
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
 
     def train(self) -> dict[str, Any]:
         accelerator, epochs = self.accelerator, self.settings["epochs"]
@@ -189,7 +194,7 @@ class _Run:
             finally:
                 progress.close()
             stopped = row is None
-            if stopped or accelerator.is_main_process:
+            if accelerator.is_main_process:
                 self._finish(stopped, epoch, time.monotonic() - start)
         if stopped:
             raise KeyboardInterrupt(self._stopped_message(epoch))
@@ -285,8 +290,6 @@ class _Run:
 
     def _finish(self, stopped: bool, epoch: int, seconds: float) -> None:
         """Save what there is, and say where."""
-        if not self.accelerator.is_main_process:
-            return
         if stopped:
             self._save("last")
         if self.metrics.rows:
@@ -300,7 +303,8 @@ class _Run:
         )
         print(f"  best model  {f / 'best'}\n  last model  {f / 'last'}\n  curves      {f / 'curves.png'}")
         print(f"  numbers     {f / 'metrics.jsonl'}\n  settings    {f / 'run.json'}")
-        print(f"next:\n  timm-cbam2 evaluate {f}\n  timm-cbam2 predict {f} IMAGE…")
+        run = shlex.quote(str(f))
+        print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
         print(f'  timm.create_model("local-dir:{f / "best"}", pretrained=True)')
 
     def _stopped_message(self, epoch: int) -> str:
