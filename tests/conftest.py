@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# The models here are tiny: one thread each, so that several processes share the cores without waiting for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 Result = namedtuple("Result", "code out err")
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,6 +34,26 @@ for line in sys.stdin:
         cli.main()
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+@pytest.fixture(scope="session")
+def bare_python(tmp_path_factory):
+    """The interpreter of a fresh environment that has all this one has, except timm_cbam2."""
+    import sysconfig
+    import venv
+
+    folder = tmp_path_factory.mktemp("bare")
+    packages = folder / "packages"
+    packages.mkdir()
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        if "timm_cbam2" not in entry.name:
+            (packages / entry.name).symlink_to(entry)
+    venv.create(folder / "venv", with_pip=False, symlinks=True)
+    python = folder / "venv" / "bin" / "python"
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    site = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
+    (Path(site) / "packages.pth").write_text(f"{packages}\n")
+    return python
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,56 @@
+"""The wheel holds all it needs: installed into a fresh environment it runs the main job from another folder."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_what_is_in_it(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        size = sum(info.file_size for info in archive.infolist())
+    assert {name.split("/")[0] for name in names} == {"timm_cbam2", "timm_cbam2-0.1.0.dist-info"}
+    modules = {f"timm_cbam2/{path.name}" for path in (ROOT / "timm_cbam2").glob("*.py")}
+    assert modules <= set(names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "timm_cbam2/checkpoints/resnet20_cbam2.cifar10/model.safetensors" in names
+    assert size < 5e6 + 1e6  # the models may take 5 MB
+
+
+def test_it_runs_the_main_job_elsewhere(wheel, bare_python, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment.update(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
+
+    def run(*command):
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    absent = "import importlib.util as u; print(u.find_spec('timm_cbam2'))"
+    assert run(bare_python, "-c", absent).strip() == "None"
+    run(sys.executable, "-m", "pip", "--python", bare_python, "install", "--no-deps", "--no-index", wheel)
+    where = run(bare_python, "-c", "import timm_cbam2; print(timm_cbam2.__file__)").strip()
+    assert str(bare_python.parent.parent) in where
+    command = bare_python.parent / "timm-cbam2"
+    out = run(command, "finetune", "--epochs", "2", "--output", "run")
+    assert "best validation accuracy" in out
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["val_images"] == 359 and row["val_accuracy"] > 0.3
+    assert "resnet50_cbam2" in run(command, "models", "resnet50")
