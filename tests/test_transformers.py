@@ -23,7 +23,7 @@ import timm_cbam2
 from timm_cbam2 import Cbam2Backbone, Cbam2Config, Cbam2ForImageClassification, Cbam2Model
 from timm_cbam2.hub import save
 
-ARCHITECTURES = ["resnet20_cbam2", "test_resnet_cbam2", "test_convnext_cbam2"]
+ARCHITECTURES = ["test_resnet_cbam2", "test_convnext_cbam2"]
 OPTIONS = dict(gate="sigmoid", kernel_sizes=(3, 4), router_pool="moments", learnable_temperature=False)
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -69,6 +69,16 @@ def test_equal_logits_and_features(saved, images):
         assert all(torch.equal(a, b) for a, b in zip(features.hidden_states, maps))
         assert len(features.hidden_states) == len(maps)
     assert classifier.config.id2label == dict(enumerate(NAMES)) and classifier.config.label2id["cat"] == 2
+
+
+def test_the_cifar_networks(images, tmp_path):
+    model = randomise(timm.create_model("resnet20_cbam2", num_classes=5)).eval()
+    save(model, tmp_path / "model")
+    classifier = AutoModelForImageClassification.from_pretrained(tmp_path / "model")
+    assert torch.equal(classifier(images).logits, model(images))
+    backbone = Cbam2Backbone.from_pretrained(tmp_path / "model", out_features=["stem", "stage3"])
+    expected = model.forward_intermediates(images, [0, 3], intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(backbone(images).feature_maps, expected))
 
 
 def test_every_tensor_is_the_files_own(saved):
@@ -227,13 +237,7 @@ def test_backbone_equals_features_only(saved, images):
 
 
 def test_stages_of_each_family():
-    for name in (
-        "resnet18_cbam2",
-        "resnet32_cbam2",
-        "resnet26t_cbam2",
-        "convnext_atto_cbam2",
-        "convnext_zepto_rms_cbam2",
-    ):
+    for name in ("resnet18_cbam2", "resnet20_cbam2", "resnet26t_cbam2", "convnext_zepto_rms_cbam2"):
         with torch.device("meta"):
             config = Cbam2Config(architecture=name)
             info = Cbam2Backbone(config).timm_model.feature_info
@@ -304,7 +308,7 @@ class Pictures(torch.utils.data.Dataset):
 def test_trainer_two_epochs_and_resume(tmp_path):
     def train(output, **options):
         torch.manual_seed(0)
-        model = AutoModelForImageClassification.from_config(Cbam2Config(architecture="resnet20_cbam2", num_labels=5))
+        model = AutoModelForImageClassification.from_config(Cbam2Config(architecture="test_resnet_cbam2", num_labels=5))
         arguments = TrainingArguments(
             output, num_train_epochs=2, per_device_train_batch_size=8, save_strategy="epoch", learning_rate=1e-2,
             eval_strategy="epoch", report_to=[], disable_tqdm=True, use_cpu=True, load_best_model_at_end=True,

@@ -1,6 +1,7 @@
 """One `config.json` that timm and transformers both read: timm's own fields, completed with transformers'."""
 
 import difflib
+import functools
 import json
 import sys
 import tempfile
@@ -64,6 +65,7 @@ def _default_cfg(architecture: str) -> dict[str, Any]:
     return cfg
 
 
+@functools.cache
 def _imagenet_names(num_classes: int) -> list[str] | None:
     """English class names where the number of classes tells the ImageNet set, as timm and its wrapper infer them."""
     subset = infer_imagenet_subset({"num_classes": num_classes})
