@@ -92,7 +92,7 @@ with torch.no_grad():
     assert torch.equal(features.last_hidden_state, model.forward_features(images))
     maps = AutoBackbone.from_pretrained("user/model", out_features=["stage2"])(images).feature_maps
     assert torch.equal(maps[0], model.forward_intermediates(images, [2], intermediates_only=True)[0])
-assert AutoImageProcessor.from_pretrained("user/model").data_config["input_size"] == [3, 160, 160]
+assert list(AutoImageProcessor.from_pretrained("user/model").data_config["input_size"]) == [3, 160, 160]
 
 push(folder, "user/plain", with_code=False, private=True)
 assert hub.repos["user/plain"]["main"].keys() == {"config.json", "model.safetensors", "README.md"}
