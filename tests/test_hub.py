@@ -260,6 +260,22 @@ def test_push_refuses_what_is_not_whole(folder, damage, words):
         push(folder, "user/model", dry_run=True)
 
 
+def test_the_commands(folder, tmp_path):
+    """As a user types them, with the Hub out of reach."""
+
+    def run(*args):
+        env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+        return subprocess.run(
+            [sys.executable, "-m", "timm_cbam2.cli", *args], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
+
+    done = run("push", "model", "user/model", "--no-code", "--private", "--dry-run")
+    assert done.returncode == 0 and "README.md" in done.stdout and "cbam2.py" not in done.stdout
+    done = run("pull", "user/model", "here")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HF_HUB_OFFLINE is set" in done.stderr
+    assert not (tmp_path / "here").exists()
+
+
 def test_push_refuses_weights_of_other_options(folder):
     weights = load_file(folder / "model.safetensors")
     weights["layer1.0.se.extra"] = torch.zeros(1)

@@ -39,7 +39,9 @@ def push(
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; it is made if need be.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
-    with_code: Annotated[bool, typer.Option(help="Let people load it with trust_remote_code=True.")] = True,
+    with_code: Annotated[
+        bool, typer.Option("--with-code/--no-code", help="Let people load it with trust_remote_code=True.")
+    ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and send nothing.")] = False,
 ) -> None:
     """Upload a model folder to the Hugging Face Hub in one commit."""
@@ -215,7 +217,7 @@ def _explained(repo_id: str, outcome: str) -> Iterator[None]:
             raise
         if "committed" in outcome:
             outcome = "it is one commit, so all of it arrived or nothing"
-        reason = f"{one_line(error, 100)} {one_line(error.__cause__ or '', 200)}".strip()
+        reason = " ".join(dict.fromkeys([one_line(error, 100), one_line(error.__cause__ or error, 200)]))
         raise UserError(f"the transfer failed ({reason}): try again; {outcome}") from error
 
 
