@@ -57,6 +57,16 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., None]:
     return command
 
 
+def _given(error: Any) -> str:
+    """What stood on the command line for the option that `error` is about, which typer leaves out."""
+    for option in getattr(getattr(error, "param", None), "opts", ()):
+        for word, after in zip(sys.argv[1:], [*sys.argv[2:], ""]):
+            value = after if word == option else word.partition("=")[2] if word.startswith(f"{option}=") else ""
+            if value:
+                return f"; given: {value}"
+    return ""
+
+
 def run_commands(*functions: Callable[..., Any], help: str | None = None) -> NoReturn:
     """Parse `sys.argv`, call one of `functions` (typer-annotated; a single one needs no verb) and exit.
 
@@ -78,6 +88,6 @@ def run_commands(*functions: Callable[..., Any], help: str | None = None) -> NoR
     except _ClickException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else PROGRAM
-        print(f"{PROGRAM}: {one_line(error.format_message())} (see: {where} --help)", file=sys.stderr)
+        print(f"{PROGRAM}: {one_line(error.format_message())}{_given(error)} (see: {where} --help)", file=sys.stderr)
         code = error.exit_code
     sys.exit(code or 0)
