@@ -1,5 +1,8 @@
 """CBAM2 attention for timm's ResNets and ConvNeXts; importing it registers them with timm and transformers."""
 
+from importlib import import_module
+from typing import Any
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -32,7 +35,22 @@ __all__ = [
     "SpatialAttn",
     "record_attention",
     "resolve_options",
+    "save",
+    "suggest",
 ]
+
+_LAZY = {"save": ".hub", "suggest": ".zoo"}  # not needed to build a model, so not imported with it
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
+
 
 # exist_ok: this package may be imported again, or after a model repository's own copy of these classes.
 AutoConfig.register(Cbam2Config.model_type, Cbam2Config, exist_ok=True)

@@ -7,6 +7,7 @@ from typing import NoReturn
 from .configs import configs
 from .errors import run_commands
 from .evaluate import evaluate
+from .explain import explain
 from .finetune import finetune
 from .predict import predict
 from .push import pull, push
@@ -21,11 +22,12 @@ def main() -> NoReturn:
         finetune,
         evaluate,
         predict,
+        explain,
         models,
         push,
         pull,
         configs,
-        help="CBAM2 image models: fine-tune, measure, use, list, share.",
+        help="CBAM2 image models: fine-tune, measure, use, look into, list, share.",
     )
 
 
