@@ -26,6 +26,7 @@ from .errors import UserError, one_line, require, run_commands
 from .evaluate import predict_all
 from .hub import save
 from .report import MetricsFile, Progress, curves_picture, duration
+from .twins_cbam2 import WARM_START
 from .zoo import class_names, load, pretrained_tags, resolve
 
 __all__ = ["finetune"]
@@ -40,7 +41,8 @@ def finetune(
     ] = "digits",
     model: Annotated[str, typer.Option(help="Registered name, run or model folder, or hf-hub: id.")] = "resnet20_cbam2",
     pretrained: Annotated[
-        bool | None, typer.Option(help="Start from weights; the default for folders, hf-hub: ids and names with a tag.")
+        bool | None,
+        typer.Option(help="Start from weights; the default wherever they lie here, and for hf-hub: ids and tags."),
     ] = None,
     epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 6,
     batch_size: Annotated[int, typer.Option(min=2, help="Images per step and process.")] = 32,
@@ -355,8 +357,10 @@ def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
 def _build(model: str, pretrained: bool | None, images: Images, say: Any) -> tuple[nn.Module, bool]:
     """The model with a head for the classes of `images`; and whether it starts from weights."""
     resolved = resolve(model)
-    if pretrained is None:  # whoever names a folder or a tag means its weights
-        pretrained = ":" in resolved or "." in resolved
+    tags = pretrained_tags(resolved.partition(".")[0]) if ":" not in resolved else []
+    if pretrained is None:  # whoever names a folder or a tag means its weights; shipped ones need no download
+        shipped = bool(tags) and not tags[0].startswith(WARM_START)
+        pretrained = ":" in resolved or "." in resolved or shipped
     classes = len(images.classes)
     network = load(model, pretrained=pretrained, num_classes=classes)
     if pretrained:
@@ -364,7 +368,7 @@ def _build(model: str, pretrained: bool | None, images: Images, say: Any) -> tup
         if known != images.classes and network.pretrained_cfg["num_classes"] == classes:
             network.reset_classifier(classes)
             say("note: the weights are of other classes, so the classifier starts anew")
-    elif pretrained_tags(resolved):
+    elif tags:
         say(f"note: {model} starts from random weights; --pretrained starts from trained ones")
     return network, pretrained
 
