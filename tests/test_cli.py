@@ -67,7 +67,7 @@ def test_mistakes_in_options(refused):
     refused("finetune", "--img-size", "2", words=("--img-size 2",))
     refused("finetune", "--model", "resnet2_cbam2", words=("resnet2_cbam2", "did you mean", "resnet20_cbam2"))
     refused("finetune", "--model", "resnet50_cbam2.a1_in1k", words=("a1_in1k", "resnet50_cbam2.from_a1_in1k"))
-    refused("finetune", "--model", "resnet20_cbam2", "--pretrained", words=("resnet20_cbam2", "no pretrained weights"))
+    refused("finetune", "--model", "resnet32_cbam2", "--pretrained", words=("resnet32_cbam2", "no pretrained weights"))
     refused("predict", words=("MODEL",))
 
 

@@ -52,7 +52,7 @@ def test_evaluate_mistakes(refused, small_run, write_folder, tmp_path):
     save(timm.create_model("resnet20_cbam2", num_classes=5), tmp_path / "nameless")
     refused("evaluate", tmp_path / "nameless", words=("not a run", "--data"))
     refused("evaluate", tmp_path / "nameless", "--data", data, words=("labels do not match", "5", "3"))
-    refused("evaluate", "resnet20_cbam2", "--data", data, words=("no pretrained weights", "finetune"))
+    refused("evaluate", "resnet32_cbam2", "--data", data, words=("no pretrained weights", "finetune"))
     refused("evaluate", "resnet18_cbam2", "--data", data, words=("resnet18_cbam2",))  # offline, nothing cached
 
 
