@@ -36,14 +36,15 @@ def test_main_job(environment, run, tmp_path):
     assert f"best validation accuracy {100 * best:.2f} %" in done.stdout
     assert f"timm-cbam2 evaluate {folder.relative_to(tmp_path)}" in done.stdout
     settings = json.loads((folder / "run.json").read_text())
-    assert settings["lr"] == 5e-4 and settings["pretrained"] and settings["classes"] == list("0123456789") and settings["augment"] == "light"
+    assert settings["lr"] == 5e-4 and settings["pretrained"]
+    assert settings["classes"] == list("0123456789") and settings["augment"] == "light"
     assert Image.open(folder / "curves.png").size[0] > 800
 
     measured = run("evaluate", folder)
     assert measured.code == 0 and measured.err == "", measured
     result = json.loads((folder / "evaluate-digits-val" / "evaluation.json").read_text())
     assert result["top1"] == best
-    assert result["loss"] == next(row["val_loss"] for row in history if row["val_accuracy"] == best)
+    assert result["loss"] == min(row["val_loss"] for row in history if row["val_accuracy"] == best)
 
 
 def test_the_same_command_gives_the_same_run(run, small_run, quick, tmp_path):

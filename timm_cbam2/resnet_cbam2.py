@@ -184,7 +184,11 @@ def _shipped_cfgs(name: str) -> Dict[str, Any]:
     for root in (here.parent, here):
         for weights in sorted(root.glob(f"checkpoints/{name}.*/model.safetensors")):
             config = json.loads(weights.with_name("config.json").read_text(encoding="utf-8"))
-            cfg = {k: v for k, v in config["pretrained_cfg"].items() if k != "tag"}
+            cfg = {
+                key: tuple(value) if isinstance(value, list) else value  # as timm's own configurations have them
+                for key, value in config["pretrained_cfg"].items()
+                if key != "tag"
+            }
             found[weights.parent.name] = _cifar_cfg(**cfg, label_names=config.get("label_names"), file=str(weights))
     return found
 
