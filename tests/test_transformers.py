@@ -279,8 +279,11 @@ def test_compile(images):
         assert len(compiled(images, output_attentions=True).attentions) > 3
 
 
-def test_pixels_and_pipeline(saved):
+def test_pixels_and_pipeline(saved, caplog):
     from PIL import Image
+    from transformers.utils import logging
+
+    logging.enable_propagation()
 
     folder, model = saved
     picture = Image.effect_mandelbrot((90, 70), (-2, -1, 1, 1), 50).convert("RGB")
@@ -288,10 +291,26 @@ def test_pixels_and_pipeline(saved):
     pixels = AutoImageProcessor.from_pretrained(folder)(picture)["pixel_values"]
     assert torch.equal(pixels[0], transform(picture))
     classify = pipeline("image-classification", model=str(folder))
+    logging.disable_propagation()
+    assert not caplog.records, "a backend had to be replaced by another"
     best = classify(picture)[0]
     probabilities = model(pixels).softmax(-1)[0]
     assert best["label"] == NAMES[probabilities.argmax()]
     assert best["score"] == pytest.approx(probabilities.max().item(), rel=1e-4)
+
+
+def test_class_names_stay_with_the_weights(saved, tmp_path):
+    """Both when a loaded model is saved anew and when plain timm saves it, which puts them elsewhere."""
+    model = timm.create_model(f"local-dir:{saved[0]}", pretrained=True)
+    save(model, tmp_path / "ours")
+    timm.models.save_for_hf(model, tmp_path / "timm", safe_serialization=True)
+    for folder in ("ours", "timm"):
+        again = Cbam2ForImageClassification.from_pretrained(tmp_path / folder)
+        assert list(again.config.id2label.values()) == NAMES
+        assert timm.create_model(f"local-dir:{tmp_path / folder}").pretrained_cfg["label_names"] == NAMES
+    model.reset_classifier(3)
+    save(model, tmp_path / "other")
+    assert Cbam2ForImageClassification.from_pretrained(tmp_path / "other").config.id2label[0] == "LABEL_0"
 
 
 class Pictures(torch.utils.data.Dataset):

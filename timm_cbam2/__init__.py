@@ -57,4 +57,9 @@ AutoConfig.register(Cbam2Config.model_type, Cbam2Config, exist_ok=True)
 AutoModel.register(Cbam2Config, Cbam2Model, exist_ok=True)
 AutoModelForImageClassification.register(Cbam2Config, Cbam2ForImageClassification, exist_ok=True)
 AutoBackbone.register(Cbam2Config, Cbam2Backbone, exist_ok=True)
-AutoImageProcessor.register(Cbam2Config, image_processor_classes={"pil": TimmWrapperImageProcessor}, exist_ok=True)
+# timm's transforms take pictures and tensors alike, so no backend has to fall back to another one.
+AutoImageProcessor.register(
+    Cbam2Config,
+    image_processor_classes=dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor),
+    exist_ok=True,
+)

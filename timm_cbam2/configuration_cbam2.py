@@ -60,7 +60,7 @@ def _default_cfg(architecture: str) -> dict[str, Any]:
     """timm's description of the input and the layers, without where to get weights."""
     family = sys.modules[entrypoint(architecture).__module__]
     cfg = filter_pretrained_cfg(family.default_cfgs[architecture].default.to_dict(), remove_source=True)
-    for name in ("architecture", "tag"):
+    for name in ("architecture", "tag", "label_names", "label_descriptions"):  # an architecture has no weights
         cfg.pop(name, None)
     return cfg
 
@@ -135,7 +135,7 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         """Settle `id2label` from what each library calls the number and the names of the classes."""
         given = kwargs.pop("num_labels", None)
         in_file = kwargs.pop("num_classes", None)
-        names = kwargs.pop("label_names", None)
+        names = kwargs.pop("label_names", None) or self.pretrained_cfg.get("label_names")  # timm may leave them there
         if isinstance(names, dict):
             names = [names[key] for key in sorted(names, key=int)]
         if in_file is not None:
