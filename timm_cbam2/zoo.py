@@ -40,8 +40,10 @@ def suggest(name: str, count: int = 3) -> list[str]:
     """The registered names nearest to `name`, best first; `architecture.tag` ones when only the tag is wrong."""
     architecture, _, tag = str(name).rpartition(":")[2].partition(".")
     if tag and timm.is_model(architecture):
-        tagged = [f"{architecture}.{t}" for t in pretrained_tags(architecture)]
-        return difflib.get_close_matches(f"{architecture}.{tag}", tagged, count, 0.0)
+        tags = pretrained_tags(architecture)
+        begun = [t for t in tags if t.startswith((tag, WARM_START + tag))]
+        close = [*begun, *difflib.get_close_matches(tag, tags, count, 0.0)]
+        return [f"{architecture}.{t}" for t in dict.fromkeys(close)][:count] or [architecture]
     candidates = names()
     lowered = architecture.lower().replace("-", "_")
     found = [c for c in (lowered, f"{lowered}_cbam2", f"{lowered}_cbam2".replace("_cbam_", "_")) if c in candidates]
