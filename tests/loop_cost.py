@@ -1,4 +1,4 @@
-"""What the loop itself costs: images/s of `finetune` beside a bare PyTorch loop, in turns: `python tests/loop_cost.py`."""
+"""What the loop itself costs: images/s of `finetune` beside a bare PyTorch loop: `python tests/loop_cost.py`."""
 
 import json
 import statistics

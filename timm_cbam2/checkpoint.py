@@ -6,22 +6,36 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 from safetensors import SafetensorError
 from torch import Tensor
 
 from .errors import UserError, one_line
 
-__all__ = ["Checkpoints", "Position", "damage"]
+__all__ = ["Checkpoints", "Position", "damage", "writing"]
 
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 INFO = "checkpoint.json"
 PREFIX = "step-"
 # What torch, safetensors and the operating system raise when a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the context, a disk that is full or cannot be written becomes one line.
+
+    Raises:
+        UserError: `path` could not be written.
+    """
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        raise UserError(f"cannot write {path} ({_reason(error)}): make room and go on with --resume auto") from error
 
 
 def damage(folder: Path) -> str | None:

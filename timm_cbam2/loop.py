@@ -12,9 +12,9 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from .checkpoint import Checkpoints, Position
+from .checkpoint import Checkpoints, Position, writing
 from .data import Images, seeded
-from .errors import Stopped, UserError
+from .errors import Stopped
 from .evaluate import Predictions, predict_all
 from .finish import draw_curves, finish
 from .guards import LossWatch, StopSignal, bad_loss
@@ -357,7 +357,8 @@ class Run:
             at.waited += 1
         self._save("last")
         if self.accelerator.is_main_process:
-            self.metrics.append(row)
+            with writing(self.metrics.path):
+                self.metrics.append(row)
         else:
             self.metrics.rows.append(row)
         at.rows = list(self.metrics.rows)
@@ -387,10 +388,5 @@ class Run:
             model = self.blueprint
         if not accelerator.is_main_process:
             return
-        try:
+        with writing(self.folder / name):
             save(model, self.folder / name, label_names=self.images.classes, data_config=self.config)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.folder / name} ({error.strerror or error}): free some space, and go on with "
-                "--resume auto"
-            ) from error
