@@ -102,7 +102,7 @@ def faults(base):
     limit = ["bash", "-c", 'ulimit -f 600; exec "$@"', "limited"]
     code, _, err = finished(begin(base / "full", "--resume", "auto", wrap=limit))
     yield (
-        "no room for the next checkpoint",
+        "no room for the next file (a limit on file sizes)",
         f"exit code {code}: {short(err, base / 'full')}; {goes_on(base / 'full', whole)}",
     )
 
