@@ -249,6 +249,7 @@ def test_health_tells_collapse_and_saturation():
     assert not [text for text in healthy["warnings"] if "uniform" not in text]
     se = network.layer1[0].se
     with torch.no_grad():
+        network.layer1[0].bn2.weight.fill_(1.0)  # timm's zero there would give the block nothing to see
         se.spatial.router.fc2.bias[2] = 50.0
         se.channel.router.fc2.weight.zero_()
         se.channel.router.fc2.bias.zero_()
