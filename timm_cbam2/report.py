@@ -6,13 +6,14 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["MetricsFile", "Progress", "confusion_picture", "curves_picture", "duration", "save_figure"]
+__all__ = ["MetricsFile", "Progress", "confusion_picture", "curves_picture", "duration", "plain", "save_figure"]
 
 TRAIN, VAL = "#4477aa", "#cc6644"
 
@@ -102,11 +103,21 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
+def plain(text: str) -> str:
+    """`text` for matplotlib to write as it is: a dollar sign would start a formula."""
+    return text.replace("$", r"\$")
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a picture whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    try:
+        with warnings.catch_warnings():  # names in scripts that the font lacks are boxes in the picture
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.savefig(temporary, format="png", dpi=120)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def curves_picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -133,7 +144,7 @@ def curves_picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> No
     best = max(rows, key=lambda row: row["val_accuracy"])
     right.axvline(best["epoch"], color=VAL, linewidth=1, linestyle=":")
     right.set_title(f"best: {100 * best['val_accuracy']:.2f} % after epoch {best['epoch']}", fontsize=10)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain(title), fontsize=11)
     save_figure(figure, path)
 
 
@@ -152,7 +163,7 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title:
     image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     if count <= 60:
-        names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+        names = [plain(name if len(name) <= 24 else name[:23] + "…") for name in classes]
         size = 9 if count <= 20 else 6
         axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
@@ -162,5 +173,5 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title:
             axes.text(column, row, str(int(matrix[row, column])), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(plain(title), fontsize=11)
     save_figure(figure, path)
