@@ -11,6 +11,7 @@ from .explain import explain
 from .finetune import finetune
 from .predict import predict
 from .push import pull, push
+from .run_report import report
 from .zoo import models
 
 __all__ = ["main"]
@@ -23,6 +24,7 @@ def main() -> NoReturn:
         evaluate,
         predict,
         explain,
+        report,
         models,
         push,
         pull,

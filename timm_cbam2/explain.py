@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -17,6 +19,7 @@ from .attention_picture import draw
 from .cbam2 import Cbam2, CbamAttention, record_attention
 from .data import UNREADABLE, build_transform, data_config, read_image
 from .errors import UserError, one_line, require, run_commands
+from .report import write_whole
 from .sources import EXTENSIONS
 from .zoo import class_names, load
 
@@ -98,7 +101,8 @@ class Explainer:
     Args:
         name: registered name, run or model folder, or hf-hub: id.
         img_size: side in pixels, in place of the model's own.
-        model: the model itself, where it is loaded already; `name` is then only what to call it.
+        model: the model itself, where it is loaded already; `name` is then only what to call it. It may lack CBAM2
+            blocks, and so do its explanations then.
 
     Raises:
         UserError: no such model, or one without a CBAM2 block.
@@ -108,7 +112,7 @@ class Explainer:
         self.name = name
         self.model: nn.Module = (load(name) if model is None else model).eval()
         self.blocks = {n: m for n, m in self.model.named_modules() if isinstance(m, Cbam2)}
-        if not self.blocks:
+        if not self.blocks and model is None:
             raise UserError(f"{name} has no CBAM2 block to look at: give a model named …_cbam2")
         self.config = data_config(self.model, img_size)
         self.transform = build_transform(self.config)
@@ -127,7 +131,7 @@ class Explainer:
         except UNREADABLE as error:
             raise UserError(f"cannot read {source} as an image ({one_line(error, 150)})") from error
         x = self.transform(image)[None]
-        with record_attention(self.model) as records:
+        with record_attention(self.model) if self.blocks else nullcontext({}) as records:
             logits = self.model(x)
         best = logits.float().softmax(1)[0].topk(min(5, logits.shape[1]))
         names = self.names or [f"class {i}" for i in range(logits.shape[1])]
@@ -184,13 +188,9 @@ def _write_arrays(explanations: Sequence[Explanation], path: Path) -> None:
     for number, explanation in enumerate(explanations):
         prefix = "" if number == 0 else "compare/"
         arrays |= {prefix + key: value for key, value in explanation.arrays().items()}
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(file, **arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
 
 
 def _figure(image: Path, picture: Path, explanations: Sequence[Explanation]) -> str:

@@ -66,7 +66,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a model on labelled images; with no options, resnet20_cbam2 on scikit-learn's handwritten digits.
 
-    The run folder gets run.json (the resolved settings), metrics.jsonl, curves.png, and the models best/ and last/.
+    The run folder gets run.json (the resolved settings), metrics.jsonl, report.html and its pictures, and the models
+    best/ and last/.
 
     Returns:
         The last line of metrics.jsonl, with "output" and "best_accuracy".
@@ -305,9 +306,18 @@ class _Run:
         )
         print(f"  best model  {f / 'best'}\n  last model  {f / 'last'}\n  curves      {f / 'curves.png'}")
         print(f"  numbers     {f / 'metrics.jsonl'}\n  settings    {f / 'run.json'}")
+        self._report()
         run = shlex.quote(str(f))
         print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
         print(f'  timm.create_model("local-dir:{f / "best"}", pretrained=True)')
+
+    def _report(self) -> None:
+        from .run_report import write_report  # which imports this module
+
+        try:
+            print(f"  report      {write_report(self.folder, seconds=5)}")
+        except UserError as error:
+            print(f"  no report: {one_line(error)}")
 
     def _stopped_message(self, epoch: int) -> str:
         best = f"; best model so far in {self.folder / 'best'}" if self.best else ""
