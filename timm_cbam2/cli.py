@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from .app import app
 from .configs import configs
 from .errors import run_commands
 from .evaluate import evaluate
@@ -25,6 +26,7 @@ def main() -> NoReturn:
         predict,
         explain,
         report,
+        app,
         models,
         push,
         pull,

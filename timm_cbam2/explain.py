@@ -23,7 +23,7 @@ from .report import write_whole
 from .sources import EXTENSIONS
 from .zoo import class_names, load
 
-__all__ = ["BlockView", "Explanation", "Explainer", "explain"]
+__all__ = ["BlockView", "Explainer", "Explanation", "explain", "write_arrays"]
 
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -182,7 +182,7 @@ def _outputs(images: Sequence[Path], folder: Path) -> list[Path]:
     return outputs
 
 
-def _write_arrays(explanations: Sequence[Explanation], path: Path) -> None:
+def write_arrays(explanations: Sequence[Explanation], path: Path) -> None:
     """Those of the first model as they are called, those of a second one below "compare/"; whole or not at all."""
     arrays = {}
     for number, explanation in enumerate(explanations):
@@ -238,7 +238,7 @@ def explain(
                 unread.append(str(error))
                 continue
             draw(explanations, picture, path.name, every_block=blocks)
-            _write_arrays(explanations, picture.with_suffix(".npz"))
+            write_arrays(explanations, picture.with_suffix(".npz"))
             drawn.append(picture)
             figures.append(_figure(path, picture, explanations))
             if len(paths) == 1:

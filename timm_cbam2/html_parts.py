@@ -10,7 +10,7 @@ from typing import Any, Sequence
 import numpy as np
 from PIL import Image
 
-__all__ = ["bytes_image", "colour_scale", "page", "pixels_image", "side_by_side", "stacked_bars", "table"]
+__all__ = ["BARS_STYLE", "bytes_image", "colour_scale", "page", "pixels_image", "side_by_side", "stacked_bars", "table"]
 
 STYLE = """
 :root{color-scheme:light}
@@ -28,6 +28,8 @@ td.n,th.n{text-align:right}
 .mistakes{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,28rem),1fr));gap:.6rem 1.5rem}
 .mistake{margin:0 0 .8rem}.strip{display:flex;gap:.3rem}
 .strip div{flex:0 1 8rem;min-width:0;text-align:center;font-size:.75rem;color:#555}.strip img{width:100%;display:block}
+"""
+BARS_STYLE = """
 .bars{display:grid;grid-template-columns:max-content 1fr;gap:.15rem .6rem;align-items:center;max-width:40rem;
 font-size:.8rem}
 .bar{display:flex;height:1.1rem}.bar span{overflow:hidden;color:#111;font-size:.7rem;line-height:1.1rem;
@@ -49,7 +51,7 @@ PAGE = """<!doctype html>
 
 def page(title: str, body: str) -> str:
     """A whole page; `body` is HTML. The browser is told to fetch nothing and to run nothing."""
-    return PAGE.format(title=escape(title), style=STYLE, body=body)
+    return PAGE.format(title=escape(title), style=STYLE + BARS_STYLE, body=body)
 
 
 def _data(content: bytes, kind: str) -> str:
