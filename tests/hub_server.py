@@ -1,8 +1,8 @@
 """A small stand-in for the Hugging Face Hub on the loopback interface, with faults to inject.
 
 It keeps repositories in memory and speaks as much of the protocol as huggingface_hub 2.4 asks of it: create, preupload,
-LFS, commit, model info, tree, resolve. Spaces are repositories called "spaces/user/name". Run it as `with Hub() as hub:`
-and point HF_ENDPOINT at `hub.url`.
+LFS, commit, model info, tree, resolve. A Space is a repository called "spaces/user/name". Run it as
+`with Hub() as hub:` and point HF_ENDPOINT at `hub.url`.
 """
 
 import base64

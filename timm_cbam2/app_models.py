@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import threading
+import warnings
 from collections import OrderedDict
 from pathlib import Path
 from typing import Sequence
@@ -102,10 +103,15 @@ def check_image(path: str) -> None:
     """
     if Path(path).stat().st_size > MAX_BYTES:
         raise UserError(f"this file has more than {MAX_BYTES / 1e6:.0f} MB: give a smaller picture")
+    allowed = f"{MAX_PIXELS / 1e6:.0f} million are allowed"
     try:
-        with Image.open(path) as image:
-            width, height = image.size
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
+            with Image.open(path) as image:
+                width, height = image.size
+    except Image.DecompressionBombError as error:
+        raise UserError(f"these are too many pixels, {allowed}") from error
     except UNREADABLE as error:
         raise UserError("this is not a picture that can be read: give a JPEG, PNG, WebP, GIF, BMP or TIFF") from error
     if width * height > MAX_PIXELS:
-        raise UserError(f"{width} x {height} pixels are too many, {MAX_PIXELS / 1e6:.0f} million are allowed")
+        raise UserError(f"{width} x {height} pixels are too many, {allowed}")

@@ -89,6 +89,6 @@ def _card(space_id: str, config: dict[str, Any], model_id: str | None) -> str:
         models=[model_id] if model_id else None,
         tags=["timm", "cbam2", "attention", "image-classification"],
     )
-    text = "What a CBAM2 image model answers, and what it attends to. The page is `timm-cbam2 app`, which also runs on your "
-    text += "own machine. It loads weights as data only and runs no code of theirs."
+    text = "What a CBAM2 image model answers, and what it attends to. The page is `timm-cbam2 app`, which also runs on "
+    text += "your own machine. It loads weights as data only and runs no code of theirs."
     return f"---\n{data.to_yaml()}\n---\n\n{text}\n"
