@@ -123,6 +123,8 @@ def build(model: str) -> Any:
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="timm_cbam2-"))
     import gradio as gr
 
+    from timm_cbam2.app_upload import Picture
+
     models = Models([model, EMBEDDED])
     examples = sorted(Path(__import__("timm_cbam2").__file__).parent.joinpath("examples").glob("*.jpg"))
     models.explain(model, str(examples[0]))  # a model that cannot be shown is said before the page is there
@@ -183,11 +185,7 @@ def build(model: str) -> Any:
         with gr.Tab("Look"):
             with gr.Row():
                 with gr.Column(scale=2, min_width=280):
-                    image = gr.Image(type="filepath", label="Picture", sources=["upload", "clipboard"], height=260)
-                    # The path as it is: what is no image, or too large, is refused by us before anything opens it.
-                    # A subclass would make gradio write a .pyi file into this package; and gradio builds anew, by its
-                    # class, what a function updates, so no function does.
-                    image.preprocess = lambda payload: payload.path if payload is not None else None
+                    image = Picture(type="filepath", label="Picture", sources=["upload", "clipboard"], height=260)
                     gr.Examples([[str(path)] for path in examples], image, label="Examples", preload=False)
                     kinds = dict(allow_custom_value=True, filterable=True)
                     hint = "or type a name of the zoo, or hf-hub:user/name"
