@@ -39,8 +39,6 @@ __all__ = ["app", "build"]
 EMBEDDED = "resnet20_cbam2"
 NO_MODEL = "(none)"
 HINT = "What the model answers, and what it attends to, is shown here as soon as there is a picture."
-# What could not be read is taken away, or the page would show a broken picture.
-CLEAR = "(message, image) => (message || '').includes('message picture') ? null : image"
 STYLE = (
     BARS_STYLE
     + """
@@ -97,8 +95,8 @@ def _panels(explanations: Sequence[Explanation], stage: int, every_block: bool) 
     return [*panels, ""][:2]
 
 
-def _message(text: str, kind: str = "hint") -> str:
-    return f'<div class="message {kind}" role="alert">{escape(text)}</div>'
+def _message(text: str) -> str:
+    return f'<div class="message" role="alert">{escape(text)}</div>'
 
 
 def _files(explanations: list[Explanation]) -> tuple[str, str]:
@@ -130,7 +128,7 @@ def build(model: str) -> Any:
     models.explain(model, str(examples[0]))  # a model that cannot be shown is said before the page is there
 
     def look(image: str | None, name: str | None, other: str | None, stage: int, every_block: bool) -> list[Any]:
-        nothing = [None, gr.skip(), gr.update(visible=False), *[gr.skip()] * 6]
+        nothing = [gr.skip(), None, gr.skip(), gr.update(visible=False), *[gr.skip()] * 6]
         if image is None:
             return nothing
         is_image = False
@@ -142,11 +140,14 @@ def build(model: str) -> Any:
                 raise UserError("choose a model")
             explanations = [models.explain(n, image) for n in asked]
         except UserError as error:
-            nothing[1] = _message(one_line(error, 300).replace(image, "this file"), "model" if is_image else "picture")
+            nothing[2] = _message(one_line(error, 300).replace(image, "this file"))
+            if not is_image:
+                nothing[0] = None  # or the page would show a broken picture
             return nothing
         stages = max(len(shown_blocks(e, every_block)) for e in explanations)
         stage = min(stage, stages)
         return [
+            gr.skip(),
             explanations,
             "",
             gr.update(visible=True),
@@ -219,10 +220,9 @@ def build(model: str) -> Any:
             )
         # Whoever presses twice gets one answer at a time, and in the end that to what was asked last.
         calm: dict[str, Any] = dict(trigger_mode="always_last", api_visibility="private")
-        outputs = [state, message, results, beside, stage, one, two, picture, arrays]
+        outputs = [image, state, message, results, beside, stage, one, two, picture, arrays]
         triggers = [button.click, image.change, first.change, other.change]
         gr.on(triggers, look, [image, first, other, stage, every], outputs, **calm)
-        message.change(None, [message, image], image, js=CLEAR, api_visibility="private")
         triggers = [stage.input, every.input]
         gr.on(triggers, move, [state, stage, every], [stage, one, two], show_progress="hidden", **calm)
         gr.on([zoo_tab.select, search.change], search_zoo, search, grid, show_progress="minimal", **calm)
