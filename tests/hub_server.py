@@ -1,7 +1,8 @@
 """A small stand-in for the Hugging Face Hub on the loopback interface, with faults to inject.
 
 It keeps repositories in memory and speaks as much of the protocol as huggingface_hub 2.4 asks of it: create, preupload,
-LFS, commit, model info, tree, resolve. Run it as `with Hub() as hub:` and point HF_ENDPOINT at `hub.url`.
+LFS, commit, model info, tree, resolve. A Space is a repository called "spaces/user/name". Run it as
+`with Hub() as hub:` and point HF_ENDPOINT at `hub.url`.
 """
 
 import base64
@@ -89,6 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _dispatch(self):
         self.path_only = unquote(urlsplit(self.path).path)
         line = f"{self.command} {self.path_only}"
+        self.path_only = self.path_only.replace("/api/spaces/", "/api/models/spaces/", 1)
         self.hub.log.append(line)
         self.kind = self.hub.take_fault(line)
         length = int(self.headers.get("Content-Length") or 0)
@@ -240,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(data, headers=headers)
 
 
-_REPO, _REV = r"(?P<repo>[^/]+/[^/]+)", r"(?P<revision>refs/[^/]+/[^/]+|[^/]+)"
+_REPO, _REV = r"(?P<repo>(?:spaces/)?[^/]+/[^/]+)", r"(?P<revision>refs/[^/]+/[^/]+|[^/]+)"
 _ROUTES = [
     ("POST", "/api/repos/create", "create"),
     ("POST", "/api/validate-yaml", "yaml"),

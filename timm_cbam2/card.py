@@ -12,11 +12,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .configuration_cbam2 import architectures
 
-__all__ = ["card", "is_generated", "write_card"]
+__all__ = ["LICENSES", "card", "is_generated", "license_of", "write_card"]
 
 MARK = "<!-- Written by timm_cbam2, and again on each save or push. Remove this line to keep your own text. -->"
 # Those the Hub knows by this name; any other becomes "other" with its name.
-_LICENSES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit")
+LICENSES = ("apache-2.0", "bsd-3-clause", "cc-by-nc-4.0", "mit")
 _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _SHOWN = (
     "epochs batch_size lr weight_decay opt sched warmup_epochs label_smoothing augment seed processes mixed_precision"
@@ -106,7 +106,7 @@ def _data(run: dict[str, Any] | None) -> tuple[str | None, str | None]:
     return Path(data).stem or "images", None
 
 
-def _license(config: dict[str, Any], run: dict[str, Any] | None) -> str:
+def license_of(config: dict[str, Any], run: dict[str, Any] | None = None) -> str:
     """That of the weights one started from; a network trained from nothing is under the project's own."""
     if run is not None and not run.get("pretrained"):
         return "apache-2.0"
@@ -117,7 +117,7 @@ def _metadata(
     config: dict[str, Any], run: dict[str, Any] | None, best: dict[str, Any] | None, base: str | None, repo_id: str
 ) -> ModelCardData:
     name, hub_id = _data(run)
-    license_name = _license(config, run)
+    license_name = license_of(config, run)
     results = None
     if best is not None:
         value = round(100 * best["val_accuracy"], 2)
@@ -132,7 +132,7 @@ def _metadata(
                 metric_value=value,
             )
         ]
-    is_known = license_name in _LICENSES
+    is_known = license_name in LICENSES
     return ModelCardData(
         license=license_name if is_known else "other",
         license_name=None if is_known else license_name,
@@ -231,7 +231,7 @@ def _limits(
         lines.append(
             "The figure comes from one run, on the images that also chose the epoch: expect slightly less on new ones."
         )
-    license_name = _license(config, run)
+    license_name = license_of(config, run)
     if base or license_name not in ("apache-2.0", "bsd-3-clause", "mit"):
         source = f" of {base}" if base else ""
         lines.append(f"The licence `{license_name}`{source} holds for these weights too.")

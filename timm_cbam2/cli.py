@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+from .app import app
 from .configs import configs
 from .errors import run_commands
 from .evaluate import evaluate
@@ -11,6 +12,7 @@ from .explain import explain
 from .finetune import finetune
 from .predict import predict
 from .push import pull, push
+from .run_report import report
 from .zoo import models
 
 __all__ = ["main"]
@@ -23,6 +25,8 @@ def main() -> NoReturn:
         evaluate,
         predict,
         explain,
+        report,
+        app,
         models,
         push,
         pull,

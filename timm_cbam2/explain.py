@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import nullcontext
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Sequence
+from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -15,19 +19,25 @@ from .attention_picture import draw
 from .cbam2 import Cbam2, CbamAttention, record_attention
 from .data import UNREADABLE, build_transform, data_config, read_image
 from .errors import UserError, one_line, require, run_commands
+from .health import branch_names
+from .report import write_whole
 from .sources import EXTENSIONS
 from .zoo import class_names, load
 
-__all__ = ["BlockView", "Explanation", "Explainer", "explain"]
+__all__ = ["BlockView", "Explainer", "Explanation", "explain", "write_arrays"]
 
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Attention of {model}</title>
-<style>body{{font-family:system-ui,sans-serif;margin:1rem}}figure{{margin:0 0 2rem}}img{{max-width:100%}}</style></head>
-<body><h1>Attention of {model}</h1><p>{count} images.</p>
+<style>
+body{{font-family:system-ui,sans-serif;margin:1rem;color:#222}}figure{{margin:0 0 2.5rem}}img{{max-width:100%}}
+</style></head>
+<body><h1>Attention of {model}</h1><p>{count}</p>
 {figures}
 </body></html>
 """
+FIGURE = """<figure><figcaption><b>{name}</b>: {answers} (<a href="{arrays}">arrays</a>)</figcaption>
+<a href="{picture}"><img src="{picture}" alt="attention on {name}" loading="lazy"></a></figure>"""
 
 
 @dataclass(frozen=True)
@@ -64,14 +74,6 @@ class Explanation:
         return out
 
 
-def _branch_names(block: Cbam2) -> tuple[str, ...]:
-    names = []
-    for branch in block.spatial.branches:
-        side = branch.dw.kernel_size[0]
-        names.append(f"{side}x{side}" + (f" dilated {branch.dilation}" if branch.dilation > 1 else ""))
-    return tuple(names)
-
-
 def _view(name: str, block: Cbam2, attention: CbamAttention) -> BlockView:
     fusion = None
     if attention.fusion_weights is not None:
@@ -83,7 +85,7 @@ def _view(name: str, block: Cbam2, attention: CbamAttention) -> BlockView:
         stage = f"stage {rest.partition('.')[0]}"
     temperatures = tuple(part.temperature(torch.float32).item() for part in (block.channel, block.spatial))
     neutral = 1.0 if block.channel.gate == "unit_sigmoid" else 0.5
-    return BlockView(name, stage, attention, _branch_names(block), fusion, temperatures, neutral)
+    return BlockView(name, stage, attention, tuple(branch_names(block)), fusion, temperatures, neutral)
 
 
 class Explainer:
@@ -92,16 +94,18 @@ class Explainer:
     Args:
         name: registered name, run or model folder, or hf-hub: id.
         img_size: side in pixels, in place of the model's own.
+        model: the model itself, where it is loaded already; `name` is then only what to call it. It may lack CBAM2
+            blocks, and so do its explanations then.
 
     Raises:
         UserError: no such model, or one without a CBAM2 block.
     """
 
-    def __init__(self, name: str, img_size: int | None = None):
+    def __init__(self, name: str, img_size: int | None = None, model: nn.Module | None = None):
         self.name = name
-        self.model: nn.Module = load(name).eval()
+        self.model: nn.Module = (load(name) if model is None else model).eval()
         self.blocks = {n: m for n, m in self.model.named_modules() if isinstance(m, Cbam2)}
-        if not self.blocks:
+        if not self.blocks and model is None:
             raise UserError(f"{name} has no CBAM2 block to look at: give a model named …_cbam2")
         self.config = data_config(self.model, img_size)
         self.transform = build_transform(self.config)
@@ -120,7 +124,7 @@ class Explainer:
         except UNREADABLE as error:
             raise UserError(f"cannot read {source} as an image ({one_line(error, 150)})") from error
         x = self.transform(image)[None]
-        with record_attention(self.model) as records:
+        with record_attention(self.model) if self.blocks else nullcontext({}) as records:
             logits = self.model(x)
         best = logits.float().softmax(1)[0].topk(min(5, logits.shape[1]))
         names = self.names or [f"class {i}" for i in range(logits.shape[1])]
@@ -133,17 +137,20 @@ class Explainer:
         return (x * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
-def _find(images: Sequence[str]) -> list[Path]:
-    """The image files among files and folders, each once.
+def _find(images: Sequence[str], output: Path) -> list[Path]:
+    """The image files among files and folders, each once; earlier pictures in `output` are none.
 
     Raises:
         UserError: nothing there, or a folder without images.
     """
     found: list[Path] = []
+    own = {Path(given).expanduser().resolve() for given in images}
     for given in images:
         path = Path(given).expanduser()
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+            if output.resolve() not in own:
+                inside = [p for p in inside if output.resolve() not in p.resolve().parents]
             if not inside:
                 raise UserError(f"{given} holds no images ({', '.join(EXTENSIONS)})")
             found += inside
@@ -155,14 +162,38 @@ def _find(images: Sequence[str]) -> list[Path]:
 
 
 def _outputs(images: Sequence[Path], folder: Path) -> list[Path]:
-    """A file name for each image; two images called alike get numbers."""
-    used: dict[str, int] = {}
+    """A PNG for each image; a name that is taken, by another picture or by one of the images, gets a number."""
+    taken = {image.resolve() for image in images}
     outputs = []
     for image in images:
-        used[image.stem] = used.get(image.stem, 0) + 1
-        number = used[image.stem]
-        outputs.append(folder / (f"{image.stem}.png" if number == 1 else f"{image.stem}-{number}.png"))
+        output, number = folder / f"{image.stem}.png", 1
+        while output.resolve() in taken:
+            number += 1
+            output = folder / f"{image.stem}-{number}.png"
+        taken.add(output.resolve())
+        outputs.append(output)
     return outputs
+
+
+def write_arrays(explanations: Sequence[Explanation], path: Path) -> None:
+    """Those of the first model as they are called, those of a second one below "compare/"; whole or not at all."""
+    arrays = {}
+    for number, explanation in enumerate(explanations):
+        prefix = "" if number == 0 else "compare/"
+        arrays |= {prefix + key: value for key, value in explanation.arrays().items()}
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    write_whole(path, buffer.getvalue())
+
+
+def _figure(image: Path, picture: Path, explanations: Sequence[Explanation]) -> str:
+    answers = [f"{name} {100 * probability:.1f} %" for name, probability in (e.answers[0] for e in explanations)]
+    return FIGURE.format(
+        name=escape(image.name),
+        answers=escape(" / ".join(answers)),
+        arrays=quote(picture.with_suffix(".npz").name),
+        picture=quote(picture.name),
+    )
 
 
 def explain(
@@ -170,43 +201,58 @@ def explain(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("attention"),
     blocks: Annotated[bool, typer.Option("--blocks", help="Show every block's mask, not each stage's last.")] = False,
-    compare: Annotated[str | None, typer.Option(help="A second model, drawn below the first.")] = None,
+    compare: Annotated[str | None, typer.Option(help="A second model, drawn beside the first.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
 ) -> list[Path]:
     """Draw what a model attends to: one PNG and one .npz of the raw arrays per image, and an index page for several.
 
+    Returns:
+        The pictures.
+
     Raises:
-        UserError: no such model or image, or a model without attention.
+        UserError: no such model or image, a model without attention, or an image that cannot be read; the other
+            images are drawn first.
     """
     require("matplotlib")
     from tqdm import tqdm
 
-    paths = _find(images)
+    paths = _find(images, output)
     explainers = [Explainer(name, img_size) for name in (model, compare) if name is not None]
+    drawn: list[Path] = []
+    figures: list[str] = []
+    unread: list[str] = []
     try:
         output.mkdir(parents=True, exist_ok=True)
+        bar = tqdm(paths, unit=" images", disable=None if len(paths) > 1 else True)
+        for path, picture in zip(bar, _outputs(paths, output)):
+            try:
+                explanations = [explainer(path) for explainer in explainers]
+            except UserError as error:
+                unread.append(str(error))
+                continue
+            draw(explanations, picture, path.name, every_block=blocks)
+            write_arrays(explanations, picture.with_suffix(".npz"))
+            drawn.append(picture)
+            figures.append(_figure(path, picture, explanations))
+            if len(paths) == 1:
+                for explanation in explanations:
+                    answer, probability = explanation.answers[0]
+                    whose = f" says {explanation.model}" if compare is not None else ""
+                    print(f"{path}: {answer} {100 * probability:.1f} %{whose}")
+        if len(paths) > 1 and drawn:
+            title = escape(" and ".join(explainer.name for explainer in explainers))
+            count = "1 image." if len(drawn) == 1 else f"{len(drawn)} images."
+            page = INDEX.format(model=title, count=count, figures="\n".join(figures))
+            (output / "index.html").write_text(page, encoding="utf-8")
+            print(f"{len(drawn)} pictures, their arrays and {output / 'index.html'} in {output}")
+        elif drawn:
+            print(f"picture {drawn[0]}, arrays {drawn[0].with_suffix('.npz')}")
     except OSError as error:
-        raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
-    pictures = _outputs(paths, output)
-    for path, picture in zip(tqdm(paths, unit=" images", disable=None if len(paths) > 1 else True), pictures):
-        explanations = [explainer(path) for explainer in explainers]
-        draw(explanations, picture, path.name, every_block=blocks)
-        arrays = {}
-        for number, explanation in enumerate(explanations):
-            prefix = "" if number == 0 else "compare/"
-            arrays |= {prefix + key: value for key, value in explanation.arrays().items()}
-        np.savez_compressed(picture.with_suffix(".npz"), **arrays)
-        if len(paths) == 1:
-            answer, probability = explanations[0].answers[0]
-            print(f"{path}: {answer} {100 * probability:.1f} %")
-    if len(paths) > 1:
-        figures = "\n".join(f'<figure><img src="{p.name}" alt="{p.stem}" loading="lazy"></figure>' for p in pictures)
-        index = output / "index.html"
-        index.write_text(INDEX.format(model=model, count=len(paths), figures=figures), encoding="utf-8")
-        print(f"{len(paths)} pictures, their arrays and {index} in {output}")
-    else:
-        print(f"picture {pictures[0]}, arrays {pictures[0].with_suffix('.npz')}")
-    return pictures
+        raise UserError(f"--output {output} cannot be written: {error.strerror or one_line(error, 200)}") from error
+    if unread:
+        more = f" (and {len(unread) - 1} more that cannot be read)" if len(unread) > 1 else ""
+        raise UserError(unread[0] + more + (f"; the other {len(drawn)} are drawn" if drawn else ""))
+    return drawn
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any, Sequence
 from torch import Tensor
 
 from .card import write_card
-from .errors import UserError
+from .errors import UserError, one_line
 from .report import confusion_picture, curves_picture, duration
 
 __all__ = ["draw_curves", "finish", "summary"]
@@ -61,12 +61,22 @@ def finish(
     print(f"  best model  {folder / 'best'}\n  last model  {folder / 'last'}\n  curves      {folder / 'curves.png'}")
     if confusion is not None:
         print(f"  confusion   {folder / 'confusion.png'}")
+    _report(folder, confusion)
     print(f"  numbers     {folder / 'metrics.jsonl'}\n  settings    {folder / 'run.json'}")
     run = shlex.quote(str(folder))
     print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
     print(f'  timm.create_model("local-dir:{folder / "best"}", pretrained=True)')
     if settings["push_to"]:
         _push(folder, settings["push_to"])
+
+
+def _report(folder: Path, confusion: Tensor | None) -> None:
+    from .run_report import write_report  # which imports finetune
+
+    try:
+        print(f"  report      {write_report(folder, seconds=5, confusion=confusion)}")
+    except UserError as error:  # the run itself is complete
+        print(f"  no report: {one_line(error)}")
 
 
 def _push(folder: Path, repo_id: str) -> None:

@@ -1,4 +1,4 @@
-"""Model folders to the Hugging Face Hub and back: `timm-cbam2 push` and `timm-cbam2 pull`."""
+"""Model folders to the Hugging Face Hub and back, and Spaces that show them: `timm-cbam2 push` and `pull`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Iterator
+from typing import Annotated, Iterator, NamedTuple
 
 import typer
 from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
@@ -27,15 +27,15 @@ from .configuration_cbam2 import architectures
 from .errors import UserError, one_line, run_commands
 from .hub import check_folder, expected_shapes, model_code, read_config, whole, with_auto_map
 
-__all__ = ["pull", "push"]
+__all__ = ["explained", "pull", "push"]
 
 MODEL_FILES = ("config.json", "model.safetensors", "README.md")  # besides the code, nothing else ever goes up
 MAX_SMALL_FILE = 10_000_000  # bytes
 
 
 def push(
-    folder: Annotated[Path, typer.Argument(help="A model folder, or a run (its best model goes up).")],
-    repo_id: Annotated[str, typer.Argument(metavar="USER/NAME", help="Where to on the Hub.")],
+    folder: Annotated[Path | None, typer.Argument(help="A model folder, or a run (its best model goes up).")] = None,
+    repo_id: Annotated[str | None, typer.Argument(metavar="USER/NAME", help="Where to on the Hub.")] = None,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to push to; it is made if need be.")] = None,
     create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
@@ -43,34 +43,67 @@ def push(
         bool, typer.Option("--with-code/--no-code", help="Let people load it with trust_remote_code=True.")
     ] = True,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would go up, and send nothing.")] = False,
+    space: Annotated[
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Make a Space of the page of `app`; FOLDER, if given, is its model."),
+    ] = None,
 ) -> None:
-    """Upload a model folder to the Hugging Face Hub in one commit."""
-    _check_repo_id(repo_id)
-    operations = _operations(_model_folder(folder), repo_id, with_code)
-    print(f"{repo_id}{f' ({revision})' if revision else ''}{', private' if private else ''}:")
-    for operation in operations:
-        print(f"  {operation.upload_info.size:>12,} bytes  {operation.path_in_repo}")
+    """Upload a model folder to the Hugging Face Hub in one commit; with --space, a web page that shows it."""
+    if space is None and (folder is None or repo_id is None):
+        raise UserError("say what to push and where to: timm-cbam2 push FOLDER USER/NAME, or --space USER/NAME")
+    for name in (repo_id, space):
+        if name is not None:
+            _check_repo_id(name)
+    target = _Target(private, revision, create_pr)
+    parts: list[tuple[str, str, list[CommitOperationAdd]]] = []
+    if folder is not None:
+        folder = _model_folder(folder)
+        model = _operations(folder, repo_id or space, with_code)  # which also checks what a Space shows
+        if repo_id is not None:
+            parts.append(("model", repo_id, model))
+    if space is not None:
+        from .space import space_operations
+
+        parts.append(("space", space, space_operations(space, folder, repo_id)))
+    for kind, name, operations in parts:
+        print(f"{kind} {name}{f' ({revision})' if revision else ''}{', private' if private else ''}:")
+        for operation in operations:
+            print(f"  {operation.upload_info.size:>12,} bytes  {operation.path_in_repo}")
     if dry_run:
         print("dry run: nothing was sent")
         return
     if get_token() is None:
         raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN to one with write access")
+    for kind, name, operations in parts:
+        _send(kind, name, operations, target)
+
+
+class _Target(NamedTuple):
+    private: bool
+    revision: str | None
+    create_pr: bool
+
+
+def _send(kind: str, name: str, operations: list[CommitOperationAdd], target: _Target) -> None:
+    """Make the repository if need be, and commit."""
     api = HfApi(library_name="timm_cbam2")
-    with _explained(repo_id, "nothing was committed"):
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision and not create_pr:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    sdk = "gradio" if kind == "space" else None
+    with explained(name, "nothing was committed"):
+        api.create_repo(name, private=target.private, exist_ok=True, repo_type=kind, space_sdk=sdk)
+        if target.revision and not target.create_pr:
+            api.create_branch(name, branch=target.revision, exist_ok=True, repo_type=kind)
         done = api.create_commit(
-            repo_id,
+            name,
             operations,
-            commit_message="Upload a model with timm_cbam2",
-            revision=revision,
-            create_pr=create_pr,
+            commit_message=f"Upload a {kind} with timm_cbam2",
+            revision=target.revision,
+            create_pr=target.create_pr,
+            repo_type=kind,
         )
     print(f"done: {done.pr_url or done.commit_url}")
-    if not create_pr:
-        at = f"@{revision}" if revision else ""
-        print(f'next:\n  timm.create_model("hf-hub:{repo_id}{at}", pretrained=True)')
+    if kind == "model" and not target.create_pr:
+        at = f"@{target.revision}" if target.revision else ""
+        print(f'next:\n  timm.create_model("hf-hub:{name}{at}", pretrained=True)')
 
 
 def pull(
@@ -83,7 +116,7 @@ def pull(
     folder = folder.expanduser()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already: give a new folder")
-    with _explained(repo_id, f"{folder} was not written"):
+    with explained(repo_id, f"{folder} was not written"):
         info = HfApi(library_name="timm_cbam2").model_info(repo_id, revision=revision, files_metadata=True)
         sizes = {sibling.rfilename: sibling for sibling in info.siblings or []}
         for name in MODEL_FILES[:2]:
@@ -184,7 +217,7 @@ def _download(repo_id: str, name: str, revision: str | None, sha256: str | None)
 
 
 @contextmanager
-def _explained(repo_id: str, outcome: str) -> Iterator[None]:
+def explained(repo_id: str, outcome: str) -> Iterator[None]:
     """One line for whatever the Hub or the network says."""
     try:
         yield

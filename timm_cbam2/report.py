@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["MetricsFile", "Progress", "confusion_picture", "curves_picture", "duration", "save_figure"]
+__all__ = [
+    "MetricsFile",
+    "Progress",
+    "confusion_figure",
+    "confusion_picture",
+    "curves_picture",
+    "draw_accuracy",
+    "draw_loss",
+    "duration",
+    "figure_bytes",
+    "plain",
+    "save_figure",
+    "write_whole",
+]
 
 TRAIN, VAL = "#4477aa", "#cc6644"
 
@@ -117,38 +132,72 @@ class MetricsFile:
             os.fsync(file.fileno())
 
 
+def plain(text: str) -> str:
+    """`text` for matplotlib to write as it is: a dollar sign would start a formula."""
+    return text.replace("$", r"\$")
+
+
+def figure_bytes(figure: Any) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():  # names in scripts that the font lacks are boxes in the picture
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a picture whole or not at all."""
+    write_whole(path, figure_bytes(figure))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the losses of the rows of `metrics.jsonl` against the epoch."""
+    _curve(axes, rows, "loss", 1, "loss (cross-entropy)")
+
+
+def draw_accuracy(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Draw the accuracies of the rows of `metrics.jsonl` against the epoch."""
+    _curve(axes, rows, "accuracy", 100, "accuracy (%)")
+    best = max(rows, key=lambda row: row["val_accuracy"])
+    axes.axvline(best["epoch"], color=VAL, linewidth=1, linestyle=":")
+    axes.set_title(f"best: {100 * best['val_accuracy']:.2f} % after epoch {best['epoch']}", fontsize=10)
+
+
+def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, factor: float, name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row["epoch"] for row in rows]
+    mark = "o" if len(rows) < 30 else ""
+    for split, colour, label in (("train", TRAIN, "training, augmented"), ("val", VAL, "validation")):
+        values = [factor * row[f"{split}_{key}"] for row in rows]
+        axes.plot(epochs, values, color=colour, marker=mark, markersize=4, label=label)
+    axes.set_xlabel("epoch")
+    axes.set_ylabel(name)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
 
 
 def curves_picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     """Draw loss and accuracy against the epoch, from the rows of `metrics.jsonl`."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    mark = "o" if len(rows) < 30 else ""
-    for axes, key, factor, name in (
-        (left, "loss", 1, "loss (cross-entropy)"),
-        (right, "accuracy", 100, "accuracy (%)"),
-    ):
-        for split, colour, label in (("train", TRAIN, "training, augmented"), ("val", VAL, "validation")):
-            values = [factor * row[f"{split}_{key}"] for row in rows]
-            axes.plot(epochs, values, color=colour, marker=mark, markersize=4, label=label)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(name)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-    best = max(rows, key=lambda row: row["val_accuracy"])
-    right.axvline(best["epoch"], color=VAL, linewidth=1, linestyle=":")
-    right.set_title(f"best: {100 * best['val_accuracy']:.2f} % after epoch {best['epoch']}", fontsize=10)
-    figure.suptitle(title, fontsize=11)
+    draw_loss(left, rows)
+    draw_accuracy(right, rows)
+    figure.suptitle(plain(title), fontsize=11)
     save_figure(figure, path)
 
 
@@ -157,6 +206,11 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title:
 
     Up to 20 classes the counts are written in, up to 60 the names.
     """
+    save_figure(confusion_figure(matrix, classes, title), path)
+
+
+def confusion_figure(matrix: Tensor, classes: Sequence[str], title: str) -> Any:
+    """The figure that `confusion_picture` writes."""
     from matplotlib.figure import Figure
 
     count = len(classes)
@@ -167,7 +221,7 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title:
     image = axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
     if count <= 60:
-        names = [name if len(name) <= 24 else name[:23] + "…" for name in classes]
+        names = [plain(name if len(name) <= 24 else name[:23] + "…") for name in classes]
         size = 9 if count <= 20 else 6
         axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
         axes.set_yticks(range(count), names, fontsize=size)
@@ -177,5 +231,5 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title:
             axes.text(column, row, str(int(matrix[row, column])), ha="center", va="center", fontsize=8, color=colour)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(title, fontsize=11)
-    save_figure(figure, path)
+    axes.set_title(plain(title), fontsize=11)
+    return figure
