@@ -116,8 +116,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a model on labelled images; with no options, resnet20_cbam2 on scikit-learn's handwritten digits.
 
-    The run folder gets run.json (the resolved settings), metrics.jsonl, report.html with its pictures, checkpoints/, and
-    the models best/ and last/. A run that was stopped (Ctrl-C, SIGTERM: exit code 75) or killed goes on with --resume.
+    The run folder gets run.json (the resolved settings), metrics.jsonl, report.html with its pictures, checkpoints/,
+    and the models best/ and last/. A run that was stopped (Ctrl-C, SIGTERM: exit code 75) or killed goes on with
+    --resume.
 
     Returns:
         The last line of metrics.jsonl, with "output" and "best_accuracy".
