@@ -77,7 +77,9 @@ class ChannelAttn(nn.Module):
     def mask_of(self, s_avg: torch.Tensor, s_max: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The mask (B, C), and the fusion weights (B, 2) or None, of the two squeezes (B, C)."""
         dtype = s_avg.dtype
-        hidden_avg, hidden_max = F.relu(self.fc1(torch.cat([s_avg, s_max]))).chunk(2)  # (B, R) each
+        batch = s_avg.shape[0]
+        both = F.relu(self.fc1(torch.cat([s_avg, s_max])))  # (2B, R)
+        hidden_avg, hidden_max = both[:batch], both[batch:]  # ONNX cannot fold a dynamic chunk
         weights: Optional[torch.Tensor] = None
         # fc2 is linear and the weights sum to 1, so mixing before it equals mixing after it at half the cost.
         if self.router is not None:

@@ -8,6 +8,7 @@ from .configs import configs
 from .errors import run_commands
 from .evaluate import evaluate
 from .explain import explain
+from .export import export
 from .finetune import finetune
 from .predict import predict
 from .push import pull, push
@@ -23,6 +24,7 @@ def main() -> NoReturn:
         evaluate,
         predict,
         explain,
+        export,
         models,
         push,
         pull,
