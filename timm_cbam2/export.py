@@ -119,7 +119,9 @@ def export_pt2(
 def export(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run or model folder, hf-hub: id, or name.")],
     onnx: Annotated[bool, typer.Option("--onnx", help="Write MODEL.onnx, for onnxruntime.")] = False,
-    torch_export: Annotated[bool, typer.Option("--torch-export", help="Write MODEL.pt2, for torch.export.load.")] = False,
+    torch_export: Annotated[
+        bool, typer.Option("--torch-export", help="Write MODEL.pt2, for torch.export.load.")
+    ] = False,
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
     img_size: Annotated[int | None, typer.Option(min=32, help="Side in pixels to trace with; others work too.")] = None,
     pretrained: Annotated[bool, typer.Option(help="With its weights; --no-pretrained for random ones.")] = True,

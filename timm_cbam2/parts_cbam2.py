@@ -117,7 +117,7 @@ def coordinates(count: int, device: torch.device, dtype: torch.dtype) -> torch.T
 def _windows(x: torch.Tensor, taps: int) -> torch.Tensor:
     """What each of `taps` taps of a centred kernel meets at each position of x (n,), zeros outside: (n, taps)."""
     count = x.shape[0]
-    place = torch.arange(count, device=x.device)[:, None] + (torch.arange(taps, device=x.device) - taps // 2)  # (n, taps)
+    place = torch.arange(count, device=x.device)[:, None] + (torch.arange(taps, device=x.device) - taps // 2)
     inside = (place >= 0) & (place < count)
     return x[place.clamp(min=0).minimum(place.new_full((1,), count - 1))] * inside
 
