@@ -1,4 +1,4 @@
-"""Write a model for other runtimes: ONNX or torch.export, any batch and image size, checked before it is called done."""
+"""Write a model for other runtimes: ONNX or torch.export, any batch and image size, checked before it says done."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def export_onnx(
         The largest difference seen.
 
     Raises:
-        UserError: onnx, onnxscript or onnxruntime is missing, the file cannot be written, or it computes something else.
+        UserError: onnx, onnxscript or onnxruntime is missing, the file cannot be written, or computes something else.
     """
     require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     model = _ready(model)
