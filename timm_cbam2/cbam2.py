@@ -10,26 +10,17 @@ It follows CBAM (`CBAM: Convolutional Block Attention Module`, https://arxiv.org
 import contextlib
 import inspect
 import sys
-from typing import Any, Dict, Final, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
-from timm.layers import make_divisible, register_notrace_module
+from timm.layers import register_notrace_module
 
+from .channel_cbam2 import ChannelAttn
 from .fused_cbam2 import can_fuse, fused, fused_without_grad
-from .options_cbam2 import check_options, complete_options
-from .parts_cbam2 import (
-    Branch,
-    Fc,
-    Router,
-    Temperature,
-    apply_gate,
-    compute_dtype,
-    coordinate_maps,
-    no_autocast,
-    reset_convs,
-)
+from .options_cbam2 import complete_options
+from .parts_cbam2 import no_autocast
+from .spatial_cbam2 import SpatialAttn
 
 __all__ = ["Cbam2", "CbamAttention", "ChannelAttn", "SpatialAttn", "is_cbam2", "record_attention", "resolve_options"]
 
@@ -61,207 +52,6 @@ def resolve_options(options: Optional[Mapping[str, Any]] = None) -> Dict[str, An
     for name in ("channels", "device", "dtype"):
         del defaults[name]
     return complete_options(options, {**defaults, "gate": "unit_sigmoid"})
-
-
-class ChannelAttn(nn.Module):
-    """Channel attention: one mask value per sample and channel, from a mix of average and maximum squeezes."""
-
-    is_sum: Final[bool]
-
-    def __init__(
-        self,
-        channels: int,
-        rd_ratio: float = 1.0 / 16,
-        rd_channels: Optional[int] = None,
-        rd_divisor: int = 8,
-        fusion: str = "router",
-        router_channels: int = 16,
-        temperature: float = 1.0,
-        learnable_temperature: bool = True,
-        gate: str = "sigmoid",
-        mlp_bias: bool = False,
-        device=None,
-        dtype=None,
-    ) -> None:
-        """
-        Args:
-            channels: Number of input channels.
-            rd_ratio: Hidden channels of the shared perceptron as a share of `channels`.
-            rd_channels: Hidden channels given directly, overrides `rd_ratio`.
-            rd_divisor: Hidden channels are rounded to a multiple of this.
-            fusion: "router" mixes the two squeezes per sample, "static" by one learned mix, "sum" adds them (CBAM).
-            router_channels: Hidden channels of the router.
-            temperature: Starting value of the number that divides the gate's input.
-            learnable_temperature: Train the temperature; otherwise it is a saved buffer.
-            gate: "sigmoid", "hard_sigmoid" or "unit_sigmoid" (2·sigmoid, 1 at 0: a fresh layer is the identity).
-            mlp_bias: Give the shared perceptron biases.
-            device: Device of the parameters.
-            dtype: Data type of the parameters.
-
-        Raises:
-            ValueError: For an option that is not allowed.
-        """
-        check_options(locals())
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        rd_channels = rd_channels or make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
-        self.gate = gate
-        self.is_sum = fusion == "sum"
-        self.fc1 = Fc(channels, rd_channels, mlp_bias, **dd)
-        self.fc2 = Fc(rd_channels, channels, mlp_bias, **dd)
-        self.router = Router(2 * channels, router_channels, 2, **dd) if fusion == "router" else None
-        self.register_parameter("fusion_logits", nn.Parameter(torch.empty(2, **dd)) if fusion == "static" else None)
-        self.temperature = Temperature(temperature, learnable_temperature, **dd)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise anew; with "unit_sigmoid" the result is the identity."""
-        reset_convs(self)
-        if self.fusion_logits is not None:
-            nn.init.zeros_(self.fusion_logits)
-        if self.gate == "unit_sigmoid":
-            nn.init.zeros_(self.fc2.weight)
-            if self.fc2.bias is not None:
-                nn.init.zeros_(self.fc2.bias)
-
-    def mask_of(self, s_avg: torch.Tensor, s_max: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """The mask (B, C), and the fusion weights (B, 2) or None, of the two squeezes (B, C)."""
-        dtype = s_avg.dtype
-        hidden_avg, hidden_max = F.relu(self.fc1(torch.cat([s_avg, s_max]))).chunk(2)  # (B, R) each
-        weights: Optional[torch.Tensor] = None
-        # fc2 is linear and the weights sum to 1, so mixing before it equals mixing after it at half the cost.
-        if self.router is not None:
-            weights = self.router(torch.cat([s_avg, s_max], 1))  # (B, 2)
-            hidden = weights[:, :1] * hidden_avg + weights[:, 1:] * hidden_max
-        elif self.fusion_logits is not None:
-            mix = self.fusion_logits.to(dtype).softmax(0)  # (2,)
-            hidden = mix[0] * hidden_avg + mix[1] * hidden_max
-        else:
-            hidden = hidden_avg + hidden_max
-        z = self.fc2(hidden)  # (B, C)
-        bias = self.fc2.bias
-        if self.is_sum and bias is not None:
-            z = z + bias.to(dtype)  # both squeezes carry it
-        return apply_gate(z / self.temperature(dtype), self.gate), weights
-
-    def attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """The mask (B, C, 1, 1) in x's dtype, and the fusion weights (B, 2) or None, of x (B, C, H, W)."""
-        dtype = compute_dtype(x)
-        mask, weights = self.mask_of(x.mean((2, 3), dtype=dtype), x.amax((2, 3)).to(dtype))
-        return mask.to(x.dtype)[:, :, None, None], weights
-
-    def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
-        """
-        Args:
-            x: Features (B, C, H, W).
-            return_attention: Return (y, mask (B, C, 1, 1), fusion weights (B, 2) or None) instead of y.
-        """
-        if torch.jit.is_scripting():
-            return x * self.attend(x)[0]
-        with no_autocast(x):
-            mask, weights = self.attend(x)
-            y = x * mask
-        return (y, mask, weights) if return_attention else y
-
-
-class SpatialAttn(nn.Module):
-    """Spatial attention: one mask value per sample and position, from branches that a router mixes per sample."""
-
-    moments: Final[bool]
-    coords: Final[bool]
-
-    def __init__(
-        self,
-        router_channels: int = 16,
-        kernel_sizes: Sequence[int] = (3, 5, 7),
-        dilated: Optional[Sequence[int]] = (3, 3),
-        coords: bool = True,
-        router_pool: str = "avg",
-        temperature: float = 1.0,
-        learnable_temperature: bool = True,
-        gate: str = "sigmoid",
-        device=None,
-        dtype=None,
-    ) -> None:
-        """
-        Args:
-            router_channels: Hidden channels of the router.
-            kernel_sizes: One branch for each; an even size is raised to the next odd one.
-            dilated: (kernel size, dilation) of one more branch, the last; None for none.
-            coords: Give the branches coordinate maps beside the average and the maximum over channels.
-            router_pool: "avg" shows the router the mean of each map, "moments" also where the average is large.
-            temperature: Starting value of the number that divides the gate's input.
-            learnable_temperature: Train the temperature; otherwise it is a saved buffer.
-            gate: "sigmoid", "hard_sigmoid" or "unit_sigmoid" (2·sigmoid, 1 at 0: a fresh layer is the identity).
-            device: Device of the parameters.
-            dtype: Data type of the parameters.
-
-        Raises:
-            ValueError: For an option that is not allowed.
-        """
-        check_options(locals())
-        super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.gate = gate
-        self.coords = coords
-        self.moments = router_pool == "moments"
-        maps = 4 if coords else 2
-        shapes = [(k, 1) for k in kernel_sizes] + ([tuple(dilated)] if dilated else [])
-        self.branches = nn.ModuleList(Branch(maps, k + 1 - k % 2, dilation, **dd) for k, dilation in shapes)
-        self.footprint = max(branch.footprint for branch in self.branches)
-        self.router = Router(maps, router_channels, len(shapes), **dd)
-        self.temperature = Temperature(temperature, learnable_temperature, **dd)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise anew; with "unit_sigmoid" the result is the identity."""
-        reset_convs(self)
-        if self.gate == "unit_sigmoid":
-            for branch in self.branches:
-                nn.init.zeros_(branch.pw.weight)
-
-    def mask_of(self, avg: torch.Tensor, largest: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, H, W) and the router weights (B, K) of the average and maximum over channels (B, H, W)."""
-        dtype = avg.dtype
-        batch, height, width = avg.shape
-        maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
-        pooled = maps.mean((2, 3))  # (B, 2)
-        kernels = []
-        for branch in self.branches:
-            kernels.append(branch.kernel(self.footprint, dtype))
-        kernel = torch.stack(kernels)  # (K, S, footprint, footprint)
-        z = F.conv2d(maps, kernel[:, :2], padding=self.footprint // 2)  # (B, K, H, W)
-        if self.coords:
-            grid = coordinate_maps(height, width, avg.device, dtype)  # (2, H, W)
-            # The coordinate half depends on size and weights only: once for the whole batch.
-            z = z + F.conv2d(grid[None], kernel[:, 2:], padding=self.footprint // 2)
-            if self.moments:
-                place = maps[:, 0].flatten(1) @ grid.flatten(1).t() / (height * width)  # (B, 2)
-            else:
-                place = grid.mean((1, 2)).expand(batch, 2)
-            pooled = torch.cat([pooled, place], 1)  # (B, S)
-        weights = self.router(pooled)  # (B, K)
-        z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
-        return apply_gate(z / self.temperature(dtype), self.gate), weights
-
-    def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
-        dtype = compute_dtype(y)
-        mask, weights = self.mask_of(y.mean(1, dtype=dtype), y.amax(1).to(dtype))
-        return mask.to(y.dtype)[:, None], weights
-
-    def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
-        """
-        Args:
-            y: Features (B, C, H, W).
-            return_attention: Return (out, mask (B, 1, H, W), router weights (B, K)) instead of out.
-        """
-        if torch.jit.is_scripting():
-            return y * self.attend(y)[0]
-        with no_autocast(y):
-            mask, weights = self.attend(y)
-            out = y * mask
-        return (out, mask, weights) if return_attention else out
 
 
 @register_notrace_module  # one node in torch.fx: its shapes depend on the input

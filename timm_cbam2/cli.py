@@ -9,6 +9,7 @@ from .configs import configs
 from .errors import run_commands
 from .evaluate import evaluate
 from .explain import explain
+from .export import export
 from .finetune import finetune
 from .predict import predict
 from .push import pull, push
@@ -27,6 +28,7 @@ def main() -> NoReturn:
         explain,
         report,
         app,
+        export,
         models,
         push,
         pull,

@@ -17,7 +17,8 @@ __all__ = [
     "Temperature",
     "apply_gate",
     "compute_dtype",
-    "coordinate_maps",
+    "convolve_coordinates",
+    "coordinates",
     "no_autocast",
     "reset_convs",
 ]
@@ -105,14 +106,33 @@ def reset_convs(module: nn.Module) -> None:
             child.reset_parameters()
 
 
-def coordinate_maps(height: int, width: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """X along the width and Y along the height, both in [-1, 1] and symmetric: (2, H, W).
+def coordinates(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """The positions along one axis, symmetric in [-1, 1]: (count,).
 
-    Built from arange, which keeps H and W symbolic in torch.export and torch.compile; linspace would fix them.
+    Built from arange, which keeps sizes symbolic in torch.export and torch.compile; linspace would fix them.
     """
-    x = (2 * torch.arange(width, device=device, dtype=dtype) - (width - 1)) / max(width - 1, 1)
-    y = (2 * torch.arange(height, device=device, dtype=dtype) - (height - 1)) / max(height - 1, 1)
-    return torch.stack([x[None, :].expand(height, width), y[:, None].expand(height, width)])
+    return (2 * torch.arange(count, device=device, dtype=dtype) - (count - 1)) / max(count - 1, 1)
+
+
+def _windows(x: torch.Tensor, taps: int) -> torch.Tensor:
+    """What each of `taps` taps of a centred kernel meets at each position of x (n,), zeros outside: (n, taps)."""
+    count = x.shape[0]
+    place = torch.arange(count, device=x.device)[:, None] + (torch.arange(taps, device=x.device) - taps // 2)
+    inside = (place >= 0) & (place < count)
+    return x[place.clamp(min=0).minimum(place.new_full((1,), count - 1))] * inside
+
+
+def convolve_coordinates(kernel: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Convolve the maps X and Y (each depends on one axis only) with kernel (K, 2, f, f), zero padding: (K, H, W).
+
+    A map that is constant along one axis makes the convolution two matrix products.
+    """
+    taps = kernel.shape[-1]
+    across = coordinates(width, kernel.device, kernel.dtype)
+    down = coordinates(height, kernel.device, kernel.dtype)
+    rows = torch.cat([_windows(torch.ones_like(down), taps) @ kernel[:, 0], _windows(down, taps) @ kernel[:, 1]], 2)
+    columns = torch.cat([_windows(across, taps), _windows(torch.ones_like(across), taps)], 1)  # (W, 2f)
+    return rows @ columns.t()  # (K, H, 2f) @ (2f, W)
 
 
 class Branch(nn.Module):

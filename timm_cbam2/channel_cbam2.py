@@ -1,0 +1,116 @@
+"""Channel attention: what each channel is multiplied by."""
+
+from typing import Final, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from timm.layers import make_divisible
+
+from .options_cbam2 import check_options
+from .parts_cbam2 import Fc, Router, Temperature, apply_gate, compute_dtype, no_autocast, reset_convs
+
+__all__ = ["ChannelAttn"]
+
+
+class ChannelAttn(nn.Module):
+    """Channel attention: one mask value per sample and channel, from a mix of average and maximum squeezes."""
+
+    is_sum: Final[bool]
+
+    def __init__(
+        self,
+        channels: int,
+        rd_ratio: float = 1.0 / 16,
+        rd_channels: Optional[int] = None,
+        rd_divisor: int = 8,
+        fusion: str = "router",
+        router_channels: int = 16,
+        temperature: float = 1.0,
+        learnable_temperature: bool = True,
+        gate: str = "sigmoid",
+        mlp_bias: bool = False,
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            channels: Number of input channels.
+            rd_ratio: Hidden channels of the shared perceptron as a share of `channels`.
+            rd_channels: Hidden channels given directly, overrides `rd_ratio`.
+            rd_divisor: Hidden channels are rounded to a multiple of this.
+            fusion: "router" mixes the two squeezes per sample, "static" by one learned mix, "sum" adds them (CBAM).
+            router_channels: Hidden channels of the router.
+            temperature: Starting value of the number that divides the gate's input.
+            learnable_temperature: Train the temperature; otherwise it is a saved buffer.
+            gate: "sigmoid", "hard_sigmoid" or "unit_sigmoid" (2·sigmoid, 1 at 0: a fresh layer is the identity).
+            mlp_bias: Give the shared perceptron biases.
+            device: Device of the parameters.
+            dtype: Data type of the parameters.
+
+        Raises:
+            ValueError: For an option that is not allowed.
+        """
+        check_options(locals())
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        rd_channels = rd_channels or make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+        self.gate = gate
+        self.is_sum = fusion == "sum"
+        self.fc1 = Fc(channels, rd_channels, mlp_bias, **dd)
+        self.fc2 = Fc(rd_channels, channels, mlp_bias, **dd)
+        self.router = Router(2 * channels, router_channels, 2, **dd) if fusion == "router" else None
+        self.register_parameter("fusion_logits", nn.Parameter(torch.empty(2, **dd)) if fusion == "static" else None)
+        self.temperature = Temperature(temperature, learnable_temperature, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise anew; with "unit_sigmoid" the result is the identity."""
+        reset_convs(self)
+        if self.fusion_logits is not None:
+            nn.init.zeros_(self.fusion_logits)
+        if self.gate == "unit_sigmoid":
+            nn.init.zeros_(self.fc2.weight)
+            if self.fc2.bias is not None:
+                nn.init.zeros_(self.fc2.bias)
+
+    def mask_of(self, s_avg: torch.Tensor, s_max: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The mask (B, C), and the fusion weights (B, 2) or None, of the two squeezes (B, C)."""
+        dtype = s_avg.dtype
+        batch = s_avg.shape[0]
+        both = F.relu(self.fc1(torch.cat([s_avg, s_max])))  # (2B, R)
+        hidden_avg, hidden_max = both[:batch], both[batch:]  # ONNX cannot fold a dynamic chunk
+        weights: Optional[torch.Tensor] = None
+        # fc2 is linear and the weights sum to 1, so mixing before it equals mixing after it at half the cost.
+        if self.router is not None:
+            weights = self.router(torch.cat([s_avg, s_max], 1))  # (B, 2)
+            hidden = weights[:, :1] * hidden_avg + weights[:, 1:] * hidden_max
+        elif self.fusion_logits is not None:
+            mix = self.fusion_logits.to(dtype).softmax(0)  # (2,)
+            hidden = mix[0] * hidden_avg + mix[1] * hidden_max
+        else:
+            hidden = hidden_avg + hidden_max
+        z = self.fc2(hidden)  # (B, C)
+        bias = self.fc2.bias
+        if self.is_sum and bias is not None:
+            z = z + bias.to(dtype)  # both squeezes carry it
+        return apply_gate(z / self.temperature(dtype), self.gate), weights
+
+    def attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """The mask (B, C, 1, 1) in x's dtype, and the fusion weights (B, 2) or None, of x (B, C, H, W)."""
+        dtype = compute_dtype(x)
+        mask, weights = self.mask_of(x.mean((2, 3), dtype=dtype), x.amax((2, 3)).to(dtype))
+        return mask.to(x.dtype)[:, :, None, None], weights
+
+    def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
+        """
+        Args:
+            x: Features (B, C, H, W).
+            return_attention: Return (y, mask (B, C, 1, 1), fusion weights (B, 2) or None) instead of y.
+        """
+        if torch.jit.is_scripting():
+            return x * self.attend(x)[0]
+        with no_autocast(x):
+            mask, weights = self.attend(x)
+            y = x * mask
+        return (y, mask, weights) if return_attention else y

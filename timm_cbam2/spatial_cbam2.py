@@ -1,0 +1,183 @@
+"""Spatial attention: what each position is multiplied by."""
+
+from typing import Final, Optional, Sequence, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .options_cbam2 import check_options
+from .parts_cbam2 import (
+    Branch,
+    Router,
+    Temperature,
+    apply_gate,
+    compute_dtype,
+    convolve_coordinates,
+    coordinates,
+    no_autocast,
+    reset_convs,
+)
+
+__all__ = ["SpatialAttn"]
+
+
+class SpatialAttn(nn.Module):
+    """Spatial attention: one mask value per sample and position, from branches that a router mixes per sample."""
+
+    moments: Final[bool]
+    coords: Final[bool]
+
+    def __init__(
+        self,
+        router_channels: int = 16,
+        kernel_sizes: Sequence[int] = (3, 5, 7),
+        dilated: Optional[Sequence[int]] = (3, 3),
+        coords: bool = True,
+        router_pool: str = "avg",
+        temperature: float = 1.0,
+        learnable_temperature: bool = True,
+        gate: str = "sigmoid",
+        device=None,
+        dtype=None,
+    ) -> None:
+        """
+        Args:
+            router_channels: Hidden channels of the router.
+            kernel_sizes: One branch for each; an even size is raised to the next odd one.
+            dilated: (kernel size, dilation) of one more branch, the last; None for none.
+            coords: Give the branches coordinate maps beside the average and the maximum over channels.
+            router_pool: "avg" shows the router the mean of each map, "moments" also where the average is large.
+            temperature: Starting value of the number that divides the gate's input.
+            learnable_temperature: Train the temperature; otherwise it is a saved buffer.
+            gate: "sigmoid", "hard_sigmoid" or "unit_sigmoid" (2·sigmoid, 1 at 0: a fresh layer is the identity).
+            device: Device of the parameters.
+            dtype: Data type of the parameters.
+
+        Raises:
+            ValueError: For an option that is not allowed.
+        """
+        check_options(locals())
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.gate = gate
+        self.coords = coords
+        self.moments = router_pool == "moments"
+        maps = 4 if coords else 2
+        shapes = [(k, 1) for k in kernel_sizes] + ([tuple(dilated)] if dilated else [])
+        self.branches = nn.ModuleList(Branch(maps, k + 1 - k % 2, dilation, **dd) for k, dilation in shapes)
+        self.conv: Optional[nn.Conv2d] = None  # the branches in one, after `reparameterize`
+        self.footprint = max(branch.footprint for branch in self.branches)
+        self.router = Router(maps, router_channels, len(shapes), **dd)
+        self.temperature = Temperature(temperature, learnable_temperature, **dd)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise anew; with "unit_sigmoid" the result is the identity."""
+        reset_convs(self)
+        if self.gate == "unit_sigmoid":
+            for last in [branch.pw for branch in self.branches] + ([self.conv] if self.conv is not None else []):
+                nn.init.zeros_(last.weight)
+
+    def reparameterize(self) -> None:
+        """Merge the branches into one stored convolution, in place, for inference; see `reparameterize_model` in timm.
+
+        The state dict then holds `conv.weight` (K, S, f, f) in place of `branches`; nothing else changes.
+        """
+        if self.conv is not None:
+            return
+        weight = self.branches[0].pw.weight
+        kernel = self.kernel(torch.float64 if weight.dtype == torch.float64 else torch.float32).detach()
+        choices, maps = kernel.shape[:2]
+        conv = nn.Conv2d(maps, choices, self.footprint, padding=self.footprint // 2, bias=False, device="meta")
+        conv.weight = nn.Parameter(kernel.to(weight.dtype), requires_grad=weight.requires_grad)
+        self.conv = conv.train(self.training)
+        self.branches = nn.ModuleList()
+
+    def kernel(self, dtype: torch.dtype) -> torch.Tensor:
+        """All branches as one dense kernel (K, S, f, f) with the largest footprint f."""
+        if self.conv is not None:
+            return self.conv.weight.to(dtype)
+        kernels = []
+        for branch in self.branches:
+            kernels.append(branch.kernel(self.footprint, dtype))
+        return torch.stack(kernels)
+
+    def prepare(self, height: int, width: int, dtype: torch.dtype) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+        """What does not depend on the input: the kernel (K, 2, f, f) of avg and max, and what the coordinates add
+        (K, H, W), None without them."""
+        kernel = self.kernel(dtype)
+        place: Optional[torch.Tensor] = None
+        if self.coords:
+            place = convolve_coordinates(kernel[:, 2:], height, width)
+        return kernel[:, :2], place
+
+    def route(self, maps: torch.Tensor) -> torch.Tensor:
+        """The router weights (B, K) of the average and maximum maps (B, 2, H, W)."""
+        height, width = maps.shape[2:]
+        pooled = maps.mean((2, 3))  # (B, 2)
+        if self.moments:
+            across = maps[:, 0].mean(1) @ coordinates(width, maps.device, maps.dtype)
+            down = maps[:, 0].mean(2) @ coordinates(height, maps.device, maps.dtype)
+            pooled = torch.cat([pooled, torch.stack([across / width, down / height], 1)], 1)
+        elif self.coords:
+            pooled = F.pad(pooled, [0, 2])  # the mean of a symmetric coordinate is 0
+        return self.router(pooled)
+
+    def mask_of(
+        self, avg: torch.Tensor, largest: torch.Tensor, kernel: torch.Tensor, place: Optional[torch.Tensor]
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The mask (B, H, W) and the router weights (B, K) of the average and maximum over channels (B, H, W).
+
+        `kernel` and `place` are those of `prepare`.
+        """
+        batch, height, width = avg.shape
+        maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
+        weights = self.route(maps)
+        z = F.conv2d(maps, kernel, padding=self.footprint // 2)  # (B, K, H, W)
+        if place is not None:
+            z = z + place
+        z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
+        return apply_gate(z / self.temperature(avg.dtype), self.gate), weights
+
+    @torch.jit.ignore
+    def mask_of_mixed(
+        self, avg: torch.Tensor, largest: torch.Tensor, kernel: torch.Tensor, place: Optional[torch.Tensor]
+    ) -> torch.Tensor:
+        """The same mask (B, H, W), by mixing the kernels of each sample before convolving.
+
+        The samples become the channels of one depthwise convolution, which a CPU runs several times faster, and its
+        backward most of all, than a convolution from 2 to K channels. Batch and groups are then one number, which
+        torch.export and torch.compile could not keep free.
+        """
+        batch, height, width = avg.shape
+        maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
+        weights = self.route(maps)
+        mixed = (weights @ kernel.flatten(1)).view(2 * batch, 1, self.footprint, self.footprint)
+        maps = maps.view(1, 2 * batch, height, width)
+        if torch.is_grad_enabled():
+            maps = maps.contiguous(memory_format=torch.channels_last)  # for the backward's sake
+        z = F.conv2d(maps, mixed, padding=self.footprint // 2, groups=2 * batch).view(batch, 2, height, width).sum(1)
+        if place is not None:
+            z = z + (weights @ place.flatten(1)).view(batch, height, width)
+        return apply_gate(z / self.temperature(avg.dtype), self.gate)
+
+    def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
+        dtype = compute_dtype(y)
+        kernel, place = self.prepare(y.shape[2], y.shape[3], dtype)
+        mask, weights = self.mask_of(y.mean(1, dtype=dtype), y.amax(1).to(dtype), kernel, place)
+        return mask.to(y.dtype)[:, None], weights
+
+    def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
+        """
+        Args:
+            y: Features (B, C, H, W).
+            return_attention: Return (out, mask (B, 1, H, W), router weights (B, K)) instead of out.
+        """
+        if torch.jit.is_scripting():
+            return y * self.attend(y)[0]
+        with no_autocast(y):
+            mask, weights = self.attend(y)
+            out = y * mask
+        return (out, mask, weights) if return_attention else out
