@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +29,10 @@ def finetune_command(job: Job, folder: Path, model: str | None = None) -> list[s
     words = [sys.executable, "-m", "timm_cbam2.finetune"]
     for name, value in options.items():
         flag = name.replace("_", "-")
-        if value is None:
+        if value is None or value is False:  # every switch of finetune is off by default
             continue
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
+        if value is True:
+            words.append(f"--{flag}")
         elif isinstance(value, dict):
             for key, part in value.items():
                 words += [f"--{flag}", f"{key}={part!r}"]
@@ -128,6 +129,8 @@ class Runner:
         return notes
 
     def _train(self, job: Job, folder: Path, model: str | None, lock: IO[str]) -> None:
+        if folder.exists() and not any(folder.glob("checkpoints/step-*")):
+            shutil.rmtree(folder)  # killed before its first checkpoint: nothing to go on from
         # The lock goes along: should this process be killed, it stays held until the training, too, has ended.
         # Threads that spin while they wait for each other waste what other work could use.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": _python_path()}
