@@ -20,7 +20,16 @@ from torch.utils.data import DataLoader, Dataset
 from .errors import UserError, one_line
 from .sources import Images, Samples, find_images
 
-__all__ = ["ImageDataset", "Images", "build_transform", "data_config", "find_images", "make_loader", "read_image"]
+__all__ = [
+    "ImageDataset",
+    "Images",
+    "build_transform",
+    "data_config",
+    "find_images",
+    "make_loader",
+    "read_image",
+    "seeded",
+]
 
 AUGMENT = {
     "none": dict(no_aug=True),
@@ -93,13 +102,25 @@ def data_config(model: nn.Module, img_size: int | None = None, **overrides: Any)
     return config
 
 
-def build_transform(config: dict[str, Any], augment: str | None = None) -> Any:
-    """A timm transform from a PIL image to a normalised (C, H, W) tensor; `augment` None is the one for evaluation."""
+def build_transform(config: dict[str, Any], augment: str | None = None, **more: Any) -> Any:
+    """A timm transform from a PIL image to a normalised (C, H, W) tensor; `augment` None is the one for evaluation.
+
+    Args:
+        config: see `data_config`.
+        augment: a key of `AUGMENT`.
+        more: further arguments of timm's `create_transform`, such as `auto_augment` and `re_prob`.
+
+    Raises:
+        UserError: timm knows no such augmentation.
+    """
     keys = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     options = {k: config[k] for k in keys}
-    if augment is not None and augment != "none":
-        options |= dict(is_training=True, **AUGMENT[augment])
-    return create_transform(**options)
+    if augment is not None and (augment != "none" or more):
+        options |= dict(is_training=True, no_aug=augment == "none") | AUGMENT[augment]
+    try:
+        return create_transform(**options | more)
+    except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"timm knows no such augmentation {more}: {one_line(error, 150)}") from error
 
 
 class ImageDataset(Dataset):
@@ -115,7 +136,10 @@ class ImageDataset(Dataset):
         augment: a key of `AUGMENT` to train, None to evaluate.
         seed: of the augmentation.
         skip_bad: count unreadable images and go on, instead of stopping at the first.
+        more: further arguments of timm's `create_transform`.
     """
+
+    collate = None  # torch's own
 
     def __init__(
         self,
@@ -124,10 +148,11 @@ class ImageDataset(Dataset):
         augment: str | None = None,
         seed: int = 0,
         skip_bad: bool = False,
+        **more: Any,
     ):
         self.samples, self.seed, self.skip_bad = samples, seed, skip_bad
         self.training = augment is not None
-        self.transform = build_transform(config, augment)
+        self.transform = build_transform(config, augment, **more)
         self.input_size = tuple(config["input_size"])
         self.mode = "L" if self.input_size[0] == 1 else "RGB"
         # Shared memory: worker processes that outlive an epoch read the one and report in the other.
@@ -138,7 +163,12 @@ class ImageDataset(Dataset):
         return len(self.samples)
 
     def set_epoch(self, epoch: int) -> None:
+        """Which epoch's augmentation to give; also in worker processes that are running."""
         self.epoch.fill_(epoch)
+
+    def name(self, index: int) -> str:
+        """What to call an image of a batch, by its index."""
+        return self.samples.name(index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         image = self._read(index)
@@ -153,7 +183,7 @@ class ImageDataset(Dataset):
             image = self._read(index)
         if not self.training:
             return self.transform(image), self.samples.labels[index], index
-        with _seeded(self.seed, int(self.epoch), index):
+        with seeded(self.seed, int(self.epoch), index):
             return self.transform(image), self.samples.labels[index], index
 
     def _read(self, index: int) -> Image.Image | None:
@@ -196,13 +226,18 @@ class ImageDataset(Dataset):
 
 
 @contextmanager
-def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Python's, NumPy's and torch's generators as a function of the arguments, and afterwards as they were."""
+def seeded(*words: int) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators as a function of `words`, and afterwards as they were.
+
+    Without any, only the latter.
+    """
     states = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    words = np.random.SeedSequence((seed, epoch, index)).generate_state(3)
-    random.seed(int(words[0]))
-    np.random.seed(words[1])
-    torch.default_generator.manual_seed(int(words[2]))  # torch.manual_seed would also queue work for the GPU each time
+    if words:
+        seeds = np.random.SeedSequence(words).generate_state(3)
+        random.seed(int(seeds[0]))
+        np.random.seed(seeds[1])
+        # torch.manual_seed would also queue work for the GPU each time
+        torch.default_generator.manual_seed(int(seeds[2]))
     try:
         yield
     finally:
@@ -212,15 +247,16 @@ def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 def _start_worker(worker: int) -> None:
-    """Ctrl-C reaches every process of the terminal: the main one decides when to stop, workers just serve it.
+    """Signals reach every process of the terminal or job: the main one decides when to stop, workers just serve it.
 
     One thread each, as in DataLoader, and seeded by it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the run's own handler, which it inherits, would not end it
 
 
 def make_loader(
-    dataset: ImageDataset, batch_size: int, workers: int, *, shuffle: bool = False, seed: int = 0, processes: int = 1
+    dataset: Dataset, batch_size: int, workers: int, *, shuffle: bool = False, seed: int = 0, processes: int = 1
 ) -> DataLoader:
     """Batches of (images (B, C, H, W), labels (B,), indices (B,)), in an order that depends on `seed` alone.
 
@@ -233,6 +269,7 @@ def make_loader(
         # BatchNorm cannot train on a last batch of one image; yet something must be left to train on.
         drop_last=shuffle and len(dataset) >= batch_size * processes,
         num_workers=workers,
+        collate_fn=dataset.collate,
         worker_init_fn=_start_worker,
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=workers > 0,

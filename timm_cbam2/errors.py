@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
+import re
 import sys
 from typing import Any, Callable, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
-__all__ = ["UserError", "one_line", "require", "run_commands"]
+__all__ = ["Stopped", "UserError", "command_line", "one_line", "require", "run_commands"]
 
 PROGRAM = "timm-cbam2"
+STOPPED = 75  # exit code of a run that was told to stop and can be resumed; BSD's EX_TEMPFAIL
+QUIET = "TIMM_CBAM2_LAUNCHED"  # set for the processes of --num-processes: the launcher says what went wrong, once
 # typer ships its own copy of click since 0.20 and depended on click before: this finds the class in either.
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 class UserError(ValueError):
     """What was given, what is allowed, what to do next: a message for a person, on one line."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A run was told to stop (Ctrl-C, SIGTERM), has saved what it had and can be resumed; the message says how."""
 
 
 def one_line(error: object, limit: int = 600) -> str:
@@ -48,13 +57,63 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except UserError as error:
-            print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr, flush=True)
+            _say(error)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
-            print(f"{PROGRAM}: {one_line(stop) if stop.args else 'interrupted'}", file=sys.stderr, flush=True)
-            raise typer.Exit(130) from None
+            if QUIET not in os.environ or os.environ.get("RANK") == "0":
+                print(f"{PROGRAM}: {one_line(stop) if stop.args else 'interrupted'}", file=sys.stderr, flush=True)
+            raise typer.Exit(STOPPED if isinstance(stop, Stopped) else 130) from None
 
+    # What it returns and raises is for those who call it.
+    command.__doc__ = re.split(r"\n\s*(?:Returns|Raises):", function.__doc__ or "")[0]
     return command
+
+
+def _say(error: UserError) -> None:
+    """One line on stderr; from one of several processes to torch's launcher instead, which is asked for it."""
+    if QUIET in os.environ and "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)
+    else:
+        print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr, flush=True)
+
+
+_arguments: list[str] | None = None
+
+
+def command_line() -> list[str] | None:
+    """What was typed after the verb, when a command line is what runs; otherwise None."""
+    return _arguments
+
+
+class _Command(TyperCommand):
+    """A command whose help is grouped by `rich_help_panel` and whose repeatable options take several values."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or kind, []).append(record)
+        for title, records in sorted(panels.items(), key=lambda item: item[0] == "Options"):
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """`--cbam2 a=1 b=2` becomes `--cbam2 a=1 --cbam2 b=2`."""
+        repeatable = {flag for p in self.params if getattr(p, "multiple", False) for flag in p.opts}
+        spread: list[str] = []
+        flag, first = "", False
+        for word in args:
+            if flag and not first and not word.startswith("-") and "=" in word:
+                spread += [flag, word]
+                continue
+            first = word in repeatable
+            flag = word if first else flag if spread and spread[-1] == flag else ""
+            spread.append(word)
+        return super().parse_args(ctx, spread)
 
 
 def _given(error: Any) -> str:
@@ -70,12 +129,15 @@ def _given(error: Any) -> str:
 def run_commands(*functions: Callable[..., Any], help: str | None = None) -> NoReturn:
     """Parse `sys.argv`, call one of `functions` (typer-annotated; a single one needs no verb) and exit.
 
-    Exit codes: 0 done, 2 a mistake in what was asked, 130 interrupted, 1 a bug of ours (with its traceback).
+    Exit codes: 0 done, 2 a mistake in what was asked, 75 told to stop, saved and resumable, 130 interrupted, 1 a bug of
+    ours (with its traceback).
     """
+    global _arguments
+    _arguments = sys.argv[1:] if len(functions) == 1 else sys.argv[2:]
     options = {"context_settings": {"help_option_names": ["-h", "--help"]}}
     app = typer.Typer(help=help, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)
     for function in functions:
-        app.command(**options)(_guarded(function))
+        app.command(cls=_Command, **options)(_guarded(function))
     if len(functions) > 1:
 
         @app.callback(invoke_without_command=True, help=help)
@@ -85,6 +147,9 @@ def run_commands(*functions: Callable[..., Any], help: str | None = None) -> NoR
 
     try:
         code = app(standalone_mode=False)
+    except UserError as error:  # while the command line was read
+        _say(error)
+        code = 2
     except _ClickException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else PROGRAM

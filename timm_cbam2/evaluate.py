@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Callable
 
 import torch
 import typer
@@ -38,21 +38,44 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict_all(accelerator: Any, model: nn.Module, loader: DataLoader) -> Predictions:
+def predict_all(
+    accelerator: Any, model: nn.Module, loader: DataLoader, stop: Callable[[], bool] | None = None
+) -> Predictions | None:
     """Run `model` over `loader` on every process; each image counts once, unreadable ones (label -1) not at all.
 
-    The model is left in the mode it was in.
+    The model is left in the mode it was in. A loader that Accelerate did not prepare holds this process's own images,
+    however many, and is run without a word to the other processes until the end.
+
+    Args:
+        accelerator: of the process.
+        model: gives logits (B, K).
+        loader: gives images, labels, indices.
+        stop: asked after each batch, on all processes alike, whether to leave; the result is then None.
+
+    Raises:
+        UserError: none of the images can be read.
     """
     training = model.training
+    prepared = hasattr(loader, "gradient_state")
+    run = model if prepared else accelerator.unwrap_model(model)
     model.eval()
     parts = []
     for images, labels, _ in loader:
-        logits = model(images).float()
+        images, labels = images.to(accelerator.device), labels.to(accelerator.device)
+        with accelerator.autocast():
+            logits = run(images).float()
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        parts.append([t.cpu() for t in accelerator.gather_for_metrics((top, loss, labels))])
+        found = (top, loss, labels)
+        parts.append([t.cpu() for t in (accelerator.gather_for_metrics(found) if prepared else found)])
+        if stop is not None and prepared and stop():
+            return None
     model.train(training)
     top, loss, labels = (torch.cat(column) for column in zip(*parts))
+    if not prepared:
+        on_device = [t.to(accelerator.device) for t in (top, loss, labels)]
+        padded = [accelerator.pad_across_processes(t, pad_index=-1) for t in on_device]
+        top, loss, labels = (accelerator.gather(t).cpu() for t in padded)
     seen = labels >= 0
     if not seen.any():
         raise UserError("none of the images to measure on can be read")

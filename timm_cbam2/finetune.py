@@ -3,332 +3,325 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
-import signal
 import time
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Iterator
+from typing import Annotated, Any
 
-import timm
-import torch
 import typer
-from timm.optim import create_optimizer_v2, list_optimizers
-from timm.scheduler import create_scheduler_v2
-from torch import nn
-from torch.utils.data import DataLoader
 
-from .data import AUGMENT, ImageDataset, Images, data_config, find_images, make_loader
-from .errors import UserError, one_line, require, run_commands
-from .evaluate import predict_all
-from .hub import save
-from .report import MetricsFile, Progress, curves_picture, duration
-from .twins_cbam2 import WARM_START
-from .zoo import class_names, load, pretrained_tags, resolve
+from .data import Images
+from .errors import UserError, command_line, require, run_commands
+from .guards import lock
+from .launch import is_launched, launch, make_accelerator
+from .settings import OF_THE_CALL, Applied, apply_recipe, apply_resume, check_options, resolved_text
+from .zoo import resolve
 
 __all__ = ["finetune"]
 
-DEFAULT_LR = {"scratch": 2e-3, "pretrained": 5e-4}  # for AdamW, the default optimizer
-SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
+DATA, MODEL, OPTIM, AUG, SAVE, MACHINE = "Data", "Model", "Optimisation", "Augmentation", "Run folder", "Machines"
+
+
+def _option(panel: str, help: str, *flags: str, **more: Any) -> Any:
+    return typer.Option(*flags, help=help, rich_help_panel=panel, **more)
 
 
 def finetune(
-    data: Annotated[
-        str, typer.Option(help="Image folder, parquet/arrow, Hub data set owner/name, or digits.")
-    ] = "digits",
-    model: Annotated[str, typer.Option(help="Registered name, run or model folder, or hf-hub: id.")] = "resnet20_cbam2",
+    data: Annotated[str, _option(DATA, "Image folder, parquet/arrow, Hub data set owner/name, or digits.")] = "digits",
+    model: Annotated[str, _option(MODEL, "Registered name, run or model folder, or hf-hub: id.")] = "resnet20_cbam2",
     pretrained: Annotated[
         bool | None,
-        typer.Option(help="Start from weights; the default wherever they lie here, and for hf-hub: ids and tags."),
+        _option(MODEL, "Start from weights; the default wherever they lie here, and for hf-hub: ids and tags."),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, help="Times that every image is seen.")] = 6,
-    batch_size: Annotated[int, typer.Option(min=2, help="Images per step and process.")] = 32,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate; for adamw 2e-3, or 5e-4 if pretrained.")] = None,
-    weight_decay: Annotated[float, typer.Option(min=0.0, help="Not applied to norms, biases, temperatures.")] = 0.05,
-    opt: Annotated[str, typer.Option(help="Optimizer, by timm's name.")] = "adamw",
-    sched: Annotated[str, typer.Option(help="Learning rate schedule, by timm's name.")] = "cosine",
-    warmup_epochs: Annotated[float, typer.Option(min=0.0, help="Epochs of rising learning rate.")] = 1.0,
-    label_smoothing: Annotated[float, typer.Option(min=0.0, max=0.9, help="Share of the target that is spread.")] = 0.0,
-    augment: Annotated[
-        str, typer.Option(help="none, light (no mirroring), mild, standard (timm's), or auto.")
-    ] = "auto",
-    img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
-    val_split: Annotated[float, typer.Option(help="Share held out where the data have no val split.")] = 0.2,
-    image_column: Annotated[str | None, typer.Option(help="Column with the images, for a data set in tables.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column with the labels, for a data set in tables.")] = None,
-    skip_bad_images: Annotated[bool, typer.Option(help="Count unreadable images and go on.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the weights, the order and the augmentation.")] = 0,
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images; none for digits.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Run folder; runs/MODEL-DATA-TIME by default.")] = None,
+    epochs: Annotated[int, _option(OPTIM, "Times that every image is seen.", min=1)] = 6,
+    batch_size: Annotated[int, _option(OPTIM, "Images per step and process.", min=2)] = 32,
+    lr: Annotated[float | None, _option(OPTIM, "Peak learning rate; for adamw 2e-3, or 5e-4 if pretrained.")] = None,
+    weight_decay: Annotated[float, _option(OPTIM, "Not applied to norms, biases, temperatures.", min=0.0)] = 0.05,
+    opt: Annotated[str, _option(OPTIM, "Optimizer, by timm's name.")] = "adamw",
+    opt_kwargs: Annotated[list[str], _option(OPTIM, "More of the optimizer's arguments.", metavar="KEY=VALUE")] = [],  # noqa: B006
+    momentum: Annotated[float | None, _option(OPTIM, "For optimizers that have one.", min=0.0)] = None,
+    sched: Annotated[str, _option(OPTIM, "Learning rate schedule, by timm's name.")] = "cosine",
+    warmup_epochs: Annotated[float, _option(OPTIM, "Epochs of rising learning rate.", min=0.0)] = 1.0,
+    layer_decay: Annotated[
+        float | None, _option(OPTIM, "Learning rate of each layer as a share of the next one's.", min=0.0)
+    ] = None,
+    attention_lr_scale: Annotated[float, _option(OPTIM, "Learning rate of attention, times this.", min=1e-6)] = 1.0,
+    accumulate: Annotated[int, _option(OPTIM, "Batches whose gradients make one step.", min=1)] = 1,
+    clip_grad: Annotated[float | None, _option(OPTIM, "Largest norm of the gradient.", min=0.0)] = None,
+    ema: Annotated[
+        float | None, _option(OPTIM, "Average the weights with this decay, such as 0.999; it is what is kept.", min=0.0)
+    ] = None,
+    bce: Annotated[bool, _option(OPTIM, "Binary cross-entropy over the classes.", "--bce/--no-bce")] = False,
+    bce_target_threshold: Annotated[float | None, _option(OPTIM, "With --bce, targets above it count as 1.")] = None,
+    label_smoothing: Annotated[float, _option(OPTIM, "Share of the target that is spread.", min=0.0, max=0.9)] = 0.0,
+    patience: Annotated[int | None, _option(OPTIM, "Stop after so many epochs without a better one.", min=1)] = None,
+    train: Annotated[str, _option(MODEL, "all, attention, attention+head, or head; the rest stays frozen.")] = "all",
+    model_kwargs: Annotated[list[str], _option(MODEL, "Arguments of timm.create_model.", metavar="KEY=VALUE")] = [],  # noqa: B006
+    cbam2: Annotated[list[str], _option(MODEL, "Options of every CBAM2 block.", metavar="KEY=VALUE")] = [],  # noqa: B006
+    grad_checkpointing: Annotated[bool, _option(MODEL, "Less memory, more time.", "--grad-checkpointing")] = False,
+    channels_last: Annotated[bool, _option(MODEL, "Memory format; often faster.", "--channels-last")] = False,
+    compile: Annotated[bool, _option(MODEL, "torch.compile the model.", "--compile")] = False,
+    augment: Annotated[str, _option(AUG, "none, light (no mirroring), mild, standard (timm's), or auto.")] = "auto",
+    auto_augment: Annotated[str | None, _option(AUG, "timm's, such as rand-m9-mstd0.5-inc1.")] = None,
+    random_erasing: Annotated[float, _option(AUG, "Probability of erasing a part.", min=0.0, max=1.0)] = 0.0,
+    mixup: Annotated[float, _option(AUG, "Mixup's alpha.", min=0.0)] = 0.0,
+    cutmix: Annotated[float, _option(AUG, "CutMix's alpha.", min=0.0)] = 0.0,
+    img_size: Annotated[int | None, _option(DATA, "Side in pixels, in place of the model's own.")] = None,
+    val_img_size: Annotated[int | None, _option(DATA, "The same to validate with, if it differs.")] = None,
+    val_split: Annotated[
+        str, _option(DATA, "Share held out where the data have no val split, or last:N for the last N images.")
+    ] = "0.2",
+    image_column: Annotated[str | None, _option(DATA, "Column with the images, for a data set in tables.")] = None,
+    label_column: Annotated[str | None, _option(DATA, "Column with the labels, for a data set in tables.")] = None,
+    skip_bad_images: Annotated[
+        bool, _option(DATA, "Count unreadable images and go on.", "--skip-bad-images/--no-skip-bad-images")
+    ] = False,
+    cache_images: Annotated[
+        bool, _option(DATA, "Decode small images once and keep them in memory.", "--cache-images/--no-cache-images")
+    ] = False,
+    streaming: Annotated[
+        bool, _option(DATA, "Read as used: sets larger than the disk.", "--streaming/--no-streaming")
+    ] = False,
+    workers: Annotated[int | None, _option(DATA, "Processes that read images; none for digits.", min=0)] = None,
+    seed: Annotated[int, _option(OPTIM, "Of the weights, the order and the augmentation.", min=0)] = 0,
+    recipe: Annotated[
+        str | None,
+        _option(
+            SAVE, "Options from a recipe or a .yaml file; `list` shows them.", is_eager=True, callback=apply_recipe
+        ),
+    ] = None,
+    output: Annotated[Path | None, _option(SAVE, "Run folder; runs/MODEL-DATA-TIME by default.")] = None,
+    resume: Annotated[
+        str | None,
+        _option(
+            SAVE,
+            "A run folder to go on with, settings and all; or auto: go on in --output if there is something.",
+            is_eager=True,
+            callback=apply_resume,
+        ),
+    ] = None,
+    save_every: Annotated[str, _option(SAVE, "Checkpoint after so many steps, or 'N epochs', or never.")] = "1 epoch",
+    keep: Annotated[int, _option(SAVE, "Checkpoints to keep while training.", min=1)] = 2,
+    track: Annotated[
+        str | None, _option(SAVE, "Accelerate's trackers, such as tensorboard,trackio,wandb; metrics.jsonl anyway.")
+    ] = None,
+    push_to: Annotated[str | None, _option(SAVE, "Hub repository for the best model.", metavar="USER/NAME")] = None,
+    num_processes: Annotated[
+        int | None, _option(MACHINE, "Start so many processes here, one for each GPU or share of the CPU.", min=1)
+    ] = None,
+    mixed_precision: Annotated[str | None, _option(MACHINE, "no, fp16 or bf16.")] = None,
+    sync_bn: Annotated[bool, _option(MACHINE, "BatchNorm over all GPUs.", "--sync-bn/--no-sync-bn")] = False,
+    cpu: Annotated[bool, _option(MACHINE, "Use no GPU.", "--cpu")] = False,
 ) -> dict[str, Any]:
     """Fine-tune a model on labelled images; with no options, resnet20_cbam2 on scikit-learn's handwritten digits.
 
-    The run folder gets run.json (the resolved settings), metrics.jsonl, curves.png, and the models best/ and last/.
+    The run folder gets run.json (the resolved settings), metrics.jsonl, curves.png, confusion.png, checkpoints/, and
+    the models best/ and last/. A run that was stopped (Ctrl-C, SIGTERM: exit code 75) or killed goes on with --resume.
 
     Returns:
         The last line of metrics.jsonl, with "output" and "best_accuracy".
 
     Raises:
         UserError: something asked for is not possible; the message says what is.
-        KeyboardInterrupt: stopped with Ctrl-C, after saving; the message says where.
+        Stopped: stopped with Ctrl-C or SIGTERM, after saving; the message says where.
     """
     settings = dict(locals())
-    _check_options(settings)
-    require("matplotlib")
-    from accelerate import Accelerator
-    from accelerate.utils import DataLoaderConfiguration, broadcast_object_list, set_seed
-
-    resolve(model)
-    images = find_images(data, image_column, label_column).with_val(val_split)
-    accelerator = Accelerator(
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
-        step_scheduler_with_optimizer=False,
-    )
-    folder = Path(broadcast_object_list([str(output or _default_output(model, images))])[0])
-    _refuse_used(folder)
-    set_seed(seed)
-    network, settings["pretrained"] = _build(model, pretrained, images, accelerator.print)
-    settings["lr"] = lr = lr or DEFAULT_LR["pretrained" if settings["pretrained"] else "scratch"]
-    settings["augment"] = augment = images.augment if augment == "auto" else augment
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    settings["workers"] = workers = workers if workers is not None else 0 if data == "digits" else min(cpus, 8)
-    config = data_config(network, img_size, **images.data_config)
-    parts = {
-        "train": ImageDataset(images.splits["train"], config, augment, seed, skip_bad_images),
-        "val": ImageDataset(images.splits["val"], config, None, seed, skip_bad_images),
-    }
-    for part in parts.values():
-        part.check_headers()
-    train_loader = make_loader(
-        parts["train"], batch_size, workers, shuffle=True, seed=seed, processes=accelerator.num_processes
-    )
-    val_loader = make_loader(parts["val"], batch_size, workers)
-    try:
-        optimizer = create_optimizer_v2(network, opt=opt, lr=lr, weight_decay=weight_decay)
-    except (AssertionError, ImportError, NameError, ValueError) as error:  # one that needs a package or a GPU
-        raise UserError(f"--opt {opt} cannot be used here: {one_line(error, 200)}; try --opt adamw") from error
-    parameters = sum(p.numel() for p in network.parameters())
-    network, optimizer, train_loader, val_loader = accelerator.prepare(network, optimizer, train_loader, val_loader)
-    try:
-        scheduler, _ = create_scheduler_v2(
-            optimizer,
-            sched,
-            num_epochs=epochs,
-            warmup_epochs=min(warmup_epochs, epochs / 2),
-            warmup_lr=lr / 100,
-            min_lr=lr / 1000,
-            step_on_epochs=False,
-            updates_per_epoch=len(train_loader),
+    if recipe is not None and not isinstance(recipe, Applied):
+        raise UserError(
+            "recipe= is for the command line; in Python: finetune(**read_recipe(name)), from timm_cbam2.settings"
         )
-    except ValueError as error:
-        raise UserError(f"--sched {sched} with --epochs {epochs}: {one_line(error, 200)}") from error
+    settings["track"] = [name.strip() for name in track.split(",")] if isinstance(track, str) else list(track or ())
+    check_options(settings)
+    require("matplotlib")
+    _check_trackers(settings["track"])
+    resolve(model)
+    if num_processes is not None and num_processes > 1 and not is_launched():
+        code = launch(num_processes, cpu)
+        if code:
+            raise typer.Exit(code)
+        return {}
+    from accelerate.utils import broadcast_object_list, set_seed
 
-    accelerator.wait_for_everyone()
+    from .prepare import open_images
+
+    accelerator = make_accelerator(settings)
+    images = open_images(settings)
+    folder = Path(broadcast_object_list([str(output or _default_output(model, images))])[0]).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output {folder} is a file: give a folder")
+    set_seed(seed)
+    return _run(accelerator, settings, images, folder)
+
+
+def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Path) -> dict[str, Any]:
+    """Make everything, load a checkpoint if there is one to go on with, and train."""
+    import torch
+    from accelerate.utils import set_seed
+    from timm.utils import ModelEmaV3
+
+    from . import prepare
+    from .loop import Run
+    from .optimise import freeze, make_optimizer, make_schedule
+
+    process = accelerator.process_index, accelerator.num_processes
+    network, pretrained = prepare.build(settings, images, accelerator.print)
+    prepare.complete(settings, images, pretrained)
+    config, val_config = prepare.make_configs(settings, images, network)
+    parts = prepare.make_datasets(settings, images, config, val_config, process)
+    train_loader, val_loader = prepare.make_loaders(settings, parts, process[1])
+    trainable = freeze(network, settings["train"])
+    network = prepare.use_sync_bn(settings, network, accelerator).to(accelerator.device)
+    if settings["channels_last"]:
+        network = network.to(memory_format=torch.channels_last)
+    parameters = sum(p.numel() for p in network.parameters())
+    optimizer = make_optimizer(network, settings)
+    blueprint, average = prepare.whole_copy(network, accelerator), None
+    if settings["ema"] is not None:
+        if blueprint is not None:
+            raise UserError(
+                "--ema needs the whole model in each process, which FSDP and DeepSpeed divide: leave it out"
+            )
+        average = ModelEmaV3(network, decay=settings["ema"], use_warmup=True)
+    if settings["compile"]:
+        network.compile()
+    network, optimizer = accelerator.prepare(network, optimizer)
+    if not settings["streaming"]:
+        train_loader, val_loader = accelerator.prepare(train_loader, val_loader)
+
+    training = {k: v for k, v in settings.items() if k not in OF_THE_CALL}
+    info = {
+        "settings": json.loads(json.dumps(training, default=str)),
+        "data": prepare.fingerprint(images),
+        "processes": process[1],
+        "versions": prepare.versions(),
+    }
+    run = Run(
+        accelerator=accelerator,
+        network=network,
+        ema=average,
+        optimizer=optimizer,
+        scheduler=None,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        parts=parts,
+        folder=folder,
+        settings=settings,
+        images=images,
+        config=val_config,
+        info=info,
+        blueprint=blueprint,
+    )
+    updates = -(-run.batches // settings["accumulate"])
+    run.scheduler = make_schedule(optimizer, settings, updates)
+    held = _on_main(accelerator, lambda: lock(folder))
+    path, batch, notes = _where_to_begin(run, info)
     if accelerator.is_main_process:
-        resolved = {
-            **settings,
-            "data": data if not Path(data).expanduser().exists() else str(Path(data).expanduser().resolve()),
-            "output": str(folder),
-            "parameters": parameters,
-            "classes": images.classes,
-            "images": {split: len(samples) for split, samples in images.splits.items()},
-            "data_config": config,
-            "processes": accelerator.num_processes,
-            "device": str(accelerator.device),
-            "mixed_precision": accelerator.mixed_precision,
-            "versions": {"torch": torch.__version__, "timm": timm.__version__},
-        }
-        _write_settings(folder, resolved)
-    for note in images.notes:
+        _write_settings(
+            folder,
+            {
+                **settings,
+                "data": _whole_path(settings["data"]),
+                "output": str(folder),
+                "command": _command(),
+                "parameters": parameters,
+                "trainable_parameters": trainable,
+                "classes": images.classes,
+                "images": {split: len(samples) for split, samples in images.splits.items()},
+                "data_config": val_config,
+                "processes": process[1],
+                "device": str(accelerator.device),
+                "distributed_type": accelerator.distributed_type.value,
+                "mixed_precision": accelerator.mixed_precision,
+                "versions": info["versions"],
+                "steps_per_epoch": updates,
+            },
+        )
+    for note in (*images.notes, *notes):
         accelerator.print(f"note: {note}")
+    if settings["recipe"] is not None:
+        accelerator.print(f"recipe {settings['recipe']}: {resolved_text(settings, finetune)}")
+    start = "trained" if pretrained else "random"
     side = "x".join(str(n) for n in config["input_size"][1:])
+    part = f" ({100 * trainable / parameters:.1f} % trained: {settings['train']})" if trainable < parameters else ""
     accelerator.print(
-        f"{model}: {parameters / 1e6:.2f} M parameters, {'trained' if settings['pretrained'] else 'random'} weights; "
+        f"{settings['model']}: {parameters / 1e6:.2f} M parameters{part}, {start} weights; "
         f"{images.name}: {len(parts['train'])} images to train on, {len(parts['val'])} to validate, "
         f"{len(images.classes)} classes, {side} pixels; on {accelerator.device}"
+        + (f" in {process[1]} processes" if process[1] > 1 else "")
     )
-    run = _Run(
-        accelerator, network, optimizer, scheduler, train_loader, val_loader, parts, folder, settings, images, config
-    )
-    return run.train()
+    if settings["track"]:
+        accelerator.init_trackers("timm_cbam2", config={k: str(v) for k, v in training.items()})
+    set_seed(settings["seed"], device_specific=True)  # dropout differs between processes
+    if path is not None:
+        run.resume(path, batch)
+        accelerator.print(f"going on from {path}: epoch {run.at.epoch}, step {run.at.updates}")
+    try:
+        return run.train()
+    finally:
+        if held is not None:
+            held.close()
 
 
-@dataclass
-class _Run:
-    """The loop and what it leaves in the run folder."""
+def _on_main(accelerator: Any, act: Any) -> Any:
+    """`act()` on the main process; what it raises is raised on all."""
+    from accelerate.utils import broadcast_object_list
 
-    accelerator: Any
-    network: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    train_loader: DataLoader
-    val_loader: DataLoader
-    parts: dict[str, ImageDataset]
-    folder: Path
-    settings: dict[str, Any]
-    images: Images
-    config: dict[str, Any]
-    best: dict[str, Any] | None = None
-    updates: int = 0
-
-    def __post_init__(self) -> None:
-        self.criterion = nn.CrossEntropyLoss(label_smoothing=self.settings["label_smoothing"])
-        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
-
-    def train(self) -> dict[str, Any]:
-        accelerator, epochs = self.accelerator, self.settings["epochs"]
-        per_epoch = len(self.train_loader) * self.train_loader.total_batch_size
-        progress = Progress(min(per_epoch, len(self.parts["train"])) * epochs, accelerator.is_main_process)
-        start, drawn = time.monotonic(), 0.0
-        with _stop_on_signal(accelerator.set_trigger):
-            try:
-                for epoch in range(1, epochs + 1):
-                    row = self._epoch(epoch, progress)
-                    if row is None:
-                        break
-                    self._record(row, progress)
-                    if time.monotonic() - drawn > 30 and accelerator.is_main_process:
-                        self._draw()
-                        drawn = time.monotonic()
-            finally:
-                progress.close()
-            stopped = row is None
-            if accelerator.is_main_process:
-                self._finish(stopped, epoch, time.monotonic() - start)
-        if stopped:
-            raise KeyboardInterrupt(self._stopped_message(epoch))
-        return {**self.metrics.rows[-1], "best_accuracy": self.best["val_accuracy"], "output": str(self.folder)}
-
-    def _epoch(self, epoch: int, progress: Progress) -> dict[str, Any] | None:
-        """Train and measure once; None when asked to stop."""
-        accelerator = self.accelerator
-        self.network.train()
-        self.train_loader.set_epoch(epoch)
-        self.parts["train"].set_epoch(epoch)
-        progress.begin(f"epoch {epoch}/{self.settings['epochs']}")
-        sums = torch.zeros(
-            3, dtype=torch.float64 if accelerator.device.type != "mps" else None, device=accelerator.device
-        )
-        began = time.monotonic()
-        for images, labels, _ in self.train_loader:
-            with accelerator.accumulate(self.network):
-                logits = self.network(images)
-                loss = self.criterion(logits, labels)
-                accelerator.backward(loss)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            self.updates += 1
-            if self.scheduler is not None:
-                self.scheduler.step_update(self.updates)
-            with torch.no_grad():
-                hits = (logits.argmax(1) == labels).sum()
-                batch = torch.stack([loss.detach() * len(labels), hits, torch.full_like(hits, len(labels))]).to(sums)
-            sums += batch
-            progress.step(len(labels) * accelerator.num_processes, batch)
-            if accelerator.check_trigger():
-                return None
-        seconds, speed = time.monotonic() - began, progress.speed()
-        loss, hits, count = accelerator.reduce(sums).tolist()
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the training loss became {loss / count} in epoch {epoch} at lr {self.settings['lr']:g}: "
-                f"try again with a lower --lr, such as {self.settings['lr'] / 5:g}"
-            )
-        found = predict_all(accelerator, self.network, self.val_loader)
-        if accelerator.check_trigger():
-            return None
-        return {
-            "epoch": epoch,
-            "step": self.updates,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "train_loss": loss / count,
-            "train_accuracy": hits / count,
-            "val_loss": found.loss.double().mean().item(),
-            "val_accuracy": found.accuracy(),
-            "val_top5": found.accuracy(5),
-            "val_images": len(found.labels),
-            "bad_images": {split: self._bad(part) for split, part in self.parts.items()},
-            "images_per_second": round(speed, 1),
-            "seconds": round(seconds, 2),
-        }
-
-    def _bad(self, part: ImageDataset) -> int:
-        return int(self.accelerator.reduce(part.bad.to(self.accelerator.device, torch.int32)).gt(0).sum())
-
-    def _record(self, row: dict[str, Any], progress: Progress) -> None:
-        rank = (row["val_accuracy"], -row["val_loss"])
-        better = self.best is None or rank > (self.best["val_accuracy"], -self.best["val_loss"])
-        if better:
-            self.best = row
-        if self.accelerator.is_main_process:
-            if better:
-                self._save("best")
-            self._save("last")
-            self.metrics.append(row)
-        else:
-            self.metrics.rows.append(row)
-        bad = sum(row["bad_images"].values())
-        progress.say(
-            f"epoch {row['epoch']:>3}/{self.settings['epochs']}  train loss {row['train_loss']:.3f} "
-            f"accuracy {100 * row['train_accuracy']:.1f} %  validation loss {row['val_loss']:.3f} "
-            f"accuracy {100 * row['val_accuracy']:.2f} %{' *' if better else '  '} "
-            f"{row['images_per_second']:.0f} images/s" + (f"  {bad} unreadable images left out" if bad else "")
-        )
-
-    def _save(self, name: str) -> None:
+    result, problem = None, None
+    if accelerator.is_main_process:
         try:
-            save(self.network, self.folder / name, label_names=self.images.classes, data_config=self.config)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {self.folder / name} ({error.strerror or error}): free some space"
-            ) from error
-
-    def _draw(self) -> None:
-        title = f"{self.settings['model']} on {self.images.name}, {len(self.parts['train'])} training images"
-        curves_picture(self.metrics.rows, self.folder / "curves.png", title)
-
-    def _finish(self, stopped: bool, epoch: int, seconds: float) -> None:
-        """Save what there is, and say where."""
-        if stopped:
-            self._save("last")
-        if self.metrics.rows:
-            self._draw()
-        if stopped:
-            return
-        best, f = self.best, self.folder
-        print(
-            f"\ndone in {duration(seconds)}: best validation accuracy {100 * best['val_accuracy']:.2f} % "
-            f"after epoch {best['epoch']} of {epoch}"
-        )
-        print(f"  best model  {f / 'best'}\n  last model  {f / 'last'}\n  curves      {f / 'curves.png'}")
-        print(f"  numbers     {f / 'metrics.jsonl'}\n  settings    {f / 'run.json'}")
-        run = shlex.quote(str(f))
-        print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
-        print(f'  timm.create_model("local-dir:{f / "best"}", pretrained=True)')
-
-    def _stopped_message(self, epoch: int) -> str:
-        best = f"; best model so far in {self.folder / 'best'}" if self.best else ""
-        return f"stopped in epoch {epoch}: the model as it is now is in {self.folder / 'last'}{best}"
+            result = act()
+        except UserError as error:
+            problem = str(error)
+    problem = broadcast_object_list([problem])[0]
+    if problem is not None:
+        raise UserError(problem)
+    return result
 
 
-def _check_options(settings: dict[str, Any]) -> None:
-    """Mistakes that need neither data nor model to be seen."""
-    import difflib
+def _where_to_begin(run: Any, info: dict[str, Any]) -> tuple[Path | None, int | None, list[str]]:
+    """The checkpoint to go on from (None: begin anew), its batch, and what a person should know about it."""
+    from accelerate.utils import broadcast_object_list
 
-    for option, allowed in (("opt", list_optimizers()), ("sched", SCHEDULES), ("augment", ("auto", *AUGMENT))):
-        value = settings[option]
-        if value not in allowed:
-            near = difflib.get_close_matches(value, allowed, 3, 0.4) if len(allowed) > 10 else allowed
-            raise UserError(
-                f"--{option} {value} is unknown; " + (f"try {', '.join(near)}" if near else "see timm.optim")
-            )
-    if settings["lr"] is not None and not 0 < settings["lr"] < math.inf:
-        raise UserError(f"--lr {settings['lr']:g} is not a learning rate: give a number above 0, such as 1e-3")
-    if settings["lr"] is None and settings["opt"] != "adamw":
-        raise UserError(f"--opt {settings['opt']} has no default learning rate here: give one with --lr")
+    from .prepare import check_resumable
+
+    folder, resume = run.folder, run.settings["resume"]
+
+    def decide() -> tuple[str | None, int | None, list[str]]:
+        used = [n for n in ("metrics.jsonl", "best", "last", "checkpoints") if (folder / n).exists()]
+        if resume is None:
+            # A run never writes over another one; settings without any result are those of a run that never began.
+            if used:
+                raise UserError(
+                    f"--output {folder} already holds a run ({', '.join(used)}): go on with it with --resume auto, "
+                    "give another folder, or remove it"
+                )
+            return None, None, []
+        path, notes = run.checkpoints.newest()
+        if path is None:
+            if "metrics.jsonl" in used:
+                raise UserError(f"--resume {resume}: {folder} holds results but no checkpoint: give another folder")
+            if resume != "auto":
+                notes.append(f"{folder} has no checkpoint yet, so the run begins anew")
+            return None, None, notes
+        saved = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        changed, batch = check_resumable(saved, info, saved["batch"])
+        return str(path), batch, notes + changed
+
+    found = _on_main(run.accelerator, decide)
+    path, batch, notes = broadcast_object_list([found])[0]
+    return Path(path) if path else None, batch, notes
+
+
+def _check_trackers(names: list[str]) -> None:
+    """Trackers that Accelerate knows, with their packages installed."""
+    from accelerate.utils import LoggerType
+
+    known = [kind.value for kind in LoggerType if kind.value != "all"]
+    for name in names:
+        if name not in known:
+            raise UserError(f"--track {name} is unknown; Accelerate has {', '.join(known)}")
+        require({"comet_ml": "comet_ml", "dvclive": "dvclive"}.get(name, name), extra="track")
 
 
 def _default_output(model: str, images: Images) -> Path:
@@ -337,55 +330,24 @@ def _default_output(model: str, images: Images) -> Path:
     return path if not path.exists() else path.with_name(f"{name}-{os.getpid()}")
 
 
-def _refuse_used(folder: Path) -> None:
-    """A run never writes over another one; settings without any result are those of a run that never began."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file: give a folder")
-    used = [n for n in ("metrics.jsonl", "best", "last") if (folder / n).exists()]
-    if used:
-        raise UserError(f"--output {folder} already holds a run ({', '.join(used)}): give another folder, or remove it")
+def _whole_path(data: str) -> str:
+    return data if not Path(data).expanduser().exists() else str(Path(data).expanduser().resolve())
+
+
+def _command() -> str | None:
+    """What was typed, None from Python."""
+    arguments = command_line()
+    return None if arguments is None else shlex.join(["timm-cbam2", "finetune", *arguments])
 
 
 def _write_settings(folder: Path, settings: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "run.json").write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary = folder / ".run.json.tmp"
+        temporary.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+        temporary.replace(folder / "run.json")
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written ({error.strerror}): give another folder") from error
-
-
-def _build(model: str, pretrained: bool | None, images: Images, say: Any) -> tuple[nn.Module, bool]:
-    """The model with a head for the classes of `images`; and whether it starts from weights."""
-    resolved = resolve(model)
-    tags = pretrained_tags(resolved.partition(".")[0]) if ":" not in resolved else []
-    if pretrained is None:  # whoever names a folder or a tag means its weights; shipped ones need no download
-        shipped = bool(tags) and not tags[0].startswith(WARM_START)
-        pretrained = ":" in resolved or "." in resolved or shipped
-    classes = len(images.classes)
-    network = load(model, pretrained=pretrained, num_classes=classes)
-    if pretrained:
-        known = class_names(network)
-        if known != images.classes and network.pretrained_cfg["num_classes"] == classes:
-            network.reset_classifier(classes)
-            say("note: the weights are of other classes, so the classifier starts anew")
-    elif tags:
-        say(f"note: {model} starts from random weights; --pretrained starts from trained ones")
-    return network, pretrained
-
-
-@contextmanager
-def _stop_on_signal(stop: Any) -> Iterator[None]:
-    """The first Ctrl-C calls `stop`, so that the loop ends after the batch in hand; a second one ends at once."""
-
-    def handle(number: int, frame: Any) -> None:
-        stop()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,12 @@ class Progress:
             self.bar = tqdm(total=total, unit=" images", unit_scale=True, dynamic_ncols=True, mininterval=0.5)
         self.done, self.start, self.last = 0, time.monotonic(), time.monotonic()
 
+    def skip(self, images: int) -> None:
+        """Leave out what an earlier part of the run has done."""
+        self.total -= images
+        if self.bar is not None:
+            self.bar.total = self.total
+
     def begin(self, title: str) -> None:
         """Start an epoch."""
         self.title, self.sums, self.began, self.here = title, None, time.monotonic(), 0
@@ -93,6 +99,15 @@ class MetricsFile:
 
     def __init__(self, path: Path):
         self.path, self.rows = path, []
+
+    def resume(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Go on after `rows`: later ones in the file, which will be made again, and half a line are left out."""
+        self.rows = list(rows)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        if not self.path.exists() or self.path.read_text(encoding="utf-8", errors="replace") != text:
+            temporary = self.path.with_name(f".{self.path.name}.tmp")
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.path)
 
     def append(self, row: dict[str, Any]) -> None:
         self.rows.append(row)

@@ -1,19 +1,19 @@
-"""Where labelled images come from: image folders, parquet/arrow/Hub data sets, scikit-learn's digits."""
+"""Where labelled images come from: image folders, scikit-learn's digits, and tables (see tables.py)."""
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import re
-import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Iterator, Sequence
 
-from .errors import UserError, one_line, require
+from .errors import UserError, require
 
-__all__ = ["Images", "Samples", "find_images"]
+__all__ = ["Images", "Samples", "find_images", "parse_val_split"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
@@ -32,6 +32,10 @@ class Samples:
     def source(self, index: int) -> Any:
         """A path, bytes, or an image."""
         return self.items[index]
+
+    def sources(self) -> Iterator[Any]:
+        """All of them, in order; faster than one after the other where that matters."""
+        return (self.source(i) for i in range(len(self)))
 
     def name(self, index: int) -> str:
         return str(self.items[index])
@@ -52,25 +56,6 @@ class ArraySamples(Samples):
         return f"image {index}"
 
 
-class RowSamples(Samples):
-    """Rows of a `datasets.Dataset` whose image column is undecoded, so that a bad image is ours to name."""
-
-    def __init__(self, items: Any, labels: Sequence[int], column: str):
-        super().__init__(items, labels)
-        self.column = column
-
-    def source(self, index: int) -> Any:
-        image = self.items[index][self.column] or {}
-        return image.get("bytes") or image.get("path") or b""
-
-    def name(self, index: int) -> str:
-        path = (self.items[index][self.column] or {}).get("path")
-        return f"row {index} of column '{self.column}'" + (f" ({path})" if path else "")
-
-    def select(self, indices: Sequence[int]) -> Samples:
-        return RowSamples(self.items.select(indices), [self.labels[i] for i in indices], self.column)
-
-
 @dataclass
 class Images:
     """A data set: class names in label order, its splits ("train", "val", "test", or "all" before splitting)."""
@@ -82,20 +67,35 @@ class Images:
     data_config: dict[str, Any] = field(default_factory=dict)  # overrides the model's own preprocessing
     augment: str = "standard"
 
-    def with_val(self, fraction: float) -> Images:
-        """The same data with a "train" and a "val" split: its own, or a stratified share held out of the rest.
+    def with_val(self, split: float | str) -> Images:
+        """The same data with a "train" and a "val" split: its own, or some held out of the rest.
+
+        Args:
+            split: a share, held out evenly over the classes, or "last:N" for the last N images.
 
         Raises:
-            UserError: `fraction` is not in (0, 1), or too few images to split.
+            UserError: `split` is not in (0, 1) nor "last:N", or too few images to split.
         """
+        share, last = parse_val_split(split)
         if "train" in self.splits and "val" in self.splits:
+            if last:
+                raise UserError(
+                    f"--val-split {split}: {self.name} has a val split of its own, which is used; leave it out"
+                )
             return self
-        if not 0 < fraction < 1:
-            raise UserError(f"--val-split {fraction} is not a share of the images: give a number between 0 and 1")
         pool = "train" if "train" in self.splits else "all"
         if pool not in self.splits:
             raise UserError(f"{self.name} has {', '.join(self.splits)} but no train/ split: add a train/ folder")
-        train, val = _stratified(self.splits[pool].labels, fraction)
+        labels = self.splits[pool].labels
+        if last:
+            if last >= len(labels):
+                raise UserError(
+                    f"--val-split {split}: {self.name} has {len(labels)} images, none would be left to train on"
+                )
+            cut = len(labels) - last
+            train, val = list(range(cut)), list(range(cut, len(labels)))
+        else:
+            train, val = _stratified(labels, share)
         if not val:
             raise UserError(f"{self.name}: every class has a single image, none can be held out; add images or a val/")
         splits = {**self.splits, "train": self.splits[pool].select(train), "val": self.splits[pool].select(val)}
@@ -108,6 +108,26 @@ class Images:
         return Images(self.name, self.classes, splits, [*self.notes, note], self.data_config, self.augment)
 
 
+def parse_val_split(split: float | str) -> tuple[float, int]:
+    """0.2 or "0.2" as (0.2, 0), "last:500" as (0.0, 500).
+
+    Raises:
+        UserError: it is neither a share in (0, 1) nor "last:N".
+    """
+    last = re.fullmatch(r"last:(\d+)", str(split))
+    if last and int(last[1]):
+        return 0.0, int(last[1])
+    try:
+        share = float(split)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < 1:
+        raise UserError(
+            f"--val-split {split} is not a share of the images: give a number between 0 and 1, or last:N for the last N"
+        )
+    return share, 0
+
+
 def find_images(data: str, image_column: str | None = None, label_column: str | None = None) -> Images:
     """Read `data`: "digits", an image folder, a parquet/arrow file or folder, or a Hub data set "owner/name".
 
@@ -116,16 +136,18 @@ def find_images(data: str, image_column: str | None = None, label_column: str | 
     Raises:
         UserError: nothing there, no images, an empty class, a single class, class sets that differ between splits.
     """
+    from .tables import from_tables
+
     path = Path(data).expanduser()
     if path.exists():
         if path.is_file() or _holds_tables(path):
-            images = _from_tables(data, path, image_column, label_column)
+            images = from_tables(data, path, image_column, label_column)
         else:
             images = _from_folder(path)
     elif data == "digits":
         images = _digits()
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", data) and not path.parent.exists():
-        images = _from_tables(data, None, image_column, label_column)
+        images = from_tables(data, None, image_column, label_column)
     else:
         raise UserError(
             f"--data {data}: no such folder or file; give a folder with one folder of images per class, "
@@ -221,128 +243,3 @@ def _class_folders(folder: Path, classes: list[str], notes: list[str]) -> Sample
 def _holds_tables(folder: Path) -> bool:
     """True for a folder of parquet/arrow files, or one written by `save_to_disk`."""
     return any(next(folder.glob(pattern), None) for pattern in ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow"))
-
-
-def _from_tables(data: str, path: Path | None, image_column: str | None, label_column: str | None) -> Images:
-    loaded = _load_tables(data, path)
-    splits = {}
-    for split, names in SPLITS.items():
-        matches = [n for n in loaded if n.lower() in names]
-        if matches:
-            splits[split] = loaded[matches[0]]
-    if not ({"train", "val"} & splits.keys()) and len(loaded) == 1:
-        splits = {"all": next(iter(loaded.values()))}
-    elif list(splits) == ["train"] and len(loaded) == 1:
-        splits = {"all": splits["train"]}  # `datasets` calls whatever it finds "train"
-    if not splits:
-        raise UserError(f"{data} has the splits {', '.join(loaded)}: one must be called train")
-    first = next(iter(splits.values()))
-    image_column = _image_column(data, first, image_column)
-    label_column = _label_column(data, first, image_column, label_column)
-    values = {split: table.select_columns(label_column)[:][label_column] for split, table in splits.items()}
-    notes = []
-    if "test" in splits and {-1, None} & set(values["test"]):
-        notes.append("the test split hides its labels: left out")
-        del splits["test"], values["test"]
-    classes, index = _class_names(data, first.features[label_column], label_column, values)
-    from datasets import Image
-
-    samples = {
-        split: RowSamples(
-            table.cast_column(image_column, Image(decode=False)), [index[v] for v in values[split]], image_column
-        )
-        for split, table in splits.items()
-    }
-    name = path.resolve().stem if path else data.replace("/", "_")
-    return Images(name, classes, samples, notes)
-
-
-def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
-    require("datasets")
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is raised, too
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        if path is None:
-            loaded = datasets.load_dataset(data)
-        elif path.is_file() and path.suffix == ".parquet":
-            loaded = datasets.load_dataset("parquet", data_files=str(path))
-        elif path.is_file() and path.suffix == ".arrow":
-            loaded = datasets.Dataset.from_file(str(path))
-        elif path.is_file():
-            raise UserError(
-                f"--data {data} is a {path.suffix or 'plain'} file: give a folder, or a .parquet/.arrow file"
-            )
-        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
-            loaded = datasets.load_from_disk(str(path))
-        else:
-            loaded = datasets.load_dataset(str(path))
-    except UserError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        what = "no such folder, and as a Hub data set it cannot be read" if path is None else "cannot be read"
-        raise UserError(f"--data {data}: {what}: {one_line(error, 250)}") from error
-    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
-
-
-def _image_column(data: str, table: Any, asked: str | None) -> str:
-    if asked is not None:
-        if asked not in table.column_names:
-            raise UserError(f"--image-column {asked}: {data} has the columns {', '.join(table.column_names)}")
-        return asked
-    from datasets import Image
-
-    typed = [n for n, kind in table.features.items() if isinstance(kind, Image)]
-    named = [n for n in table.column_names if n.lower() in ("image", "img", "picture", "pixel_values")]
-    columns = typed or named
-    if len(columns) != 1:
-        raise UserError(
-            f"{data}: say which column holds the images with --image-column, one of "
-            f"{', '.join(columns or table.column_names)}"
-        )
-    return columns[0]
-
-
-def _label_column(data: str, table: Any, image_column: str, asked: str | None) -> str:
-    others = [n for n in table.column_names if n != image_column]
-    if asked is not None:
-        if asked not in others:
-            raise UserError(f"--label-column {asked}: {data} has the columns {', '.join(others)}")
-        return asked
-    from datasets import ClassLabel
-
-    typed = [n for n in others if isinstance(table.features[n], ClassLabel)]
-    named = [n for n in others if n.lower() in ("label", "labels", "class", "target", "category")]
-    columns = typed or named
-    if len(columns) != 1:
-        raise UserError(
-            f"{data}: say which column holds the labels with --label-column, one of {', '.join(columns or others)}"
-        )
-    return columns[0]
-
-
-def _class_names(data: str, kind: Any, column: str, values: dict[str, list[Any]]) -> tuple[list[str], dict[Any, int]]:
-    """Class names in label order, and the class index of each value of the label column."""
-    from datasets import ClassLabel
-
-    seen = {split: Counter(labels) for split, labels in values.items()}
-    everything = set().union(*seen.values())
-    bad = [v for v in everything if not isinstance(v, (int, str)) or v == -1]
-    if bad:
-        raise UserError(f"{data}: column '{column}' holds {bad[0]!r}, which names no class; remove those rows")
-    if isinstance(kind, ClassLabel):
-        beyond = [v for v in everything if not 0 <= v < len(kind.names)]
-        if beyond:
-            raise UserError(f"{data}: label {beyond[0]} in column '{column}', which names {len(kind.names)} classes")
-        return list(kind.names), {i: i for i in range(len(kind.names))}
-    for split, counts in seen.items():
-        missing = sorted(everything - counts.keys(), key=str)
-        if missing:
-            raise UserError(
-                f"{data}: the {split} split lacks the classes {', '.join(map(str, missing[:10]))}; "
-                "every split needs the same classes"
-            )
-    ordered = sorted(everything)
-    return [str(v) for v in ordered], {v: i for i, v in enumerate(ordered)}

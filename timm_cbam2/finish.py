@@ -1,0 +1,93 @@
+"""What a run leaves: pictures, model cards, a summary for a person, and the model on the Hub if asked for."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any, Sequence
+
+from torch import Tensor
+
+from .card import write_card
+from .errors import UserError
+from .report import confusion_picture, curves_picture, duration
+
+__all__ = ["draw_curves", "finish", "summary"]
+
+SHOWN = 12  # rows of the summary table
+
+
+def draw_curves(folder: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]], name: str, count: int) -> None:
+    """Draw curves.png."""
+    title = f"{Path(settings['model']).name} on {name}, {count} training images"
+    curves_picture(rows, folder / "curves.png", title)
+
+
+def finish(
+    folder: Path,
+    settings: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    best: dict[str, Any],
+    confusion: Tensor | None,
+    classes: Sequence[str],
+    data: tuple[str, int],
+    seconds: float,
+) -> None:
+    """Write all that comes at the end, and say where it is. Main process only; may be repeated.
+
+    Args:
+        folder: of the run.
+        settings: as in run.json.
+        rows: of metrics.jsonl.
+        best: the row of the best model.
+        confusion: of the best model on the validation images, (K, K) counts.
+        classes: their names.
+        data: name of the data, and number of training images.
+        seconds: that this call took.
+    """
+    draw_curves(folder, settings, rows, *data)
+    if confusion is not None:
+        present = (confusion.sum(0) + confusion.sum(1) > 0).nonzero().flatten().tolist()
+        kept = present if len(classes) > 60 else list(range(len(classes)))
+        title = f"{data[0]}, val: {100 * best['val_accuracy']:.2f} % of {best['val_images']} images"
+        confusion_picture(confusion[kept][:, kept], [classes[i] for i in kept], folder / "confusion.png", title)
+    for name in ("best", "last"):
+        write_card(folder / name)
+    print(summary(rows, best))
+    print(
+        f"\ndone in {duration(seconds)}: best validation accuracy {100 * best['val_accuracy']:.2f} % "
+        f"after epoch {best['epoch']} of {rows[-1]['epoch']}"
+    )
+    print(f"  best model  {folder / 'best'}\n  last model  {folder / 'last'}\n  curves      {folder / 'curves.png'}")
+    if confusion is not None:
+        print(f"  confusion   {folder / 'confusion.png'}")
+    print(f"  numbers     {folder / 'metrics.jsonl'}\n  settings    {folder / 'run.json'}")
+    run = shlex.quote(str(folder))
+    print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
+    print(f'  timm.create_model("local-dir:{folder / "best"}", pretrained=True)')
+    if settings["push_to"]:
+        _push(folder, settings["push_to"])
+
+
+def _push(folder: Path, repo_id: str) -> None:
+    from .push import push
+
+    try:
+        push(folder / "best", repo_id, private=False, revision=None, create_pr=False, with_code=True, dry_run=False)
+    except UserError as error:
+        again = f"timm-cbam2 push {shlex.quote(str(folder))} {repo_id}"
+        raise UserError(f"the run is complete, but --push-to failed: {error}; try again with: {again}") from error
+
+
+def summary(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:
+    """A table of the last and the best epochs."""
+    shown = [row for row in rows if row["epoch"] == best["epoch"]] + list(rows[-SHOWN:])
+    shown = sorted({row["epoch"]: row for row in shown}.values(), key=lambda row: row["epoch"])
+    lines = ["", "epoch        lr  train loss  train acc   val loss    val acc   images/s"]
+    for row in shown:
+        mark = " *" if row["epoch"] == best["epoch"] else ""
+        lines.append(
+            f"{row['epoch']:>5}  {row['lr']:8.2g}  {row['train_loss']:10.4f}  {100 * row['train_accuracy']:7.2f} %"
+            f"  {row['val_loss']:9.4f}  {100 * row['val_accuracy']:7.2f} %  {row['images_per_second']:9.0f}{mark}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,119 @@
+"""Processes and devices: one Accelerator for every machine, and `--num-processes N` that truly starts N."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+from .errors import QUIET, STOPPED, UserError, command_line
+
+__all__ = ["is_launched", "launch", "make_accelerator", "usable_cpus"]
+
+TIMEOUT = timedelta(minutes=10)  # a process that neither answers nor dies ends the run after this
+
+
+def usable_cpus() -> int:
+    """Number of CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def is_launched() -> bool:
+    """Whether a launcher (ours, accelerate's, torchrun, Slurm through them) started this process as one of several."""
+    return "WORLD_SIZE" in os.environ
+
+
+def launch(processes: int, cpu: bool) -> int:
+    """Run this very command in `processes` processes on this machine, by torch's own elastic launcher.
+
+    Returns:
+        The exit code: 0, that of a process that was told to stop, or 2 after a mistake.
+
+    Raises:
+        UserError: what the first process to fail said, or how it died.
+    """
+    import torch
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    arguments = command_line()
+    if arguments is None:
+        raise UserError("num_processes starts processes from the command line only: use timm-cbam2 finetune")
+    if cpu or not torch.cuda.is_available():
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    elif processes > torch.cuda.device_count():
+        raise UserError(f"--num-processes {processes}: there are {torch.cuda.device_count()} GPUs here; or add --cpu")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
+    os.environ[QUIET] = "1"
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL + 1)  # the reason is ours to tell, once
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id="timm_cbam2",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        shutdown_timeout=60,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "timm_cbam2.finetune", *arguments)
+    except SignalException:
+        return STOPPED
+    except ChildFailedError as error:
+        return _explain(error.failures, processes)
+    return 0
+
+
+def _explain(failures: dict[int, Any], processes: int) -> int:
+    """The exit code when every failed process was told to stop; otherwise raises what the first to fail said."""
+    killed = [f for f in failures.values() if f.exitcode < 0 and f.signal_name() != "SIGTERM"]
+    first = min(killed or failures.values(), key=lambda failure: failure.timestamp)
+    if first.exitcode == STOPPED:
+        return STOPPED
+    if first.exitcode < 0:
+        raise UserError(
+            f"process {first.global_rank} of {processes} died ({first.signal_name()}: killed from outside, "
+            "often for want of memory), so the run was ended: go on with --resume auto"
+        )
+    if first.exitcode == 2 and isinstance(first.message, str):
+        raise UserError(first.message)
+    raise UserError(
+        f"process {first.global_rank} of {processes} failed (exit code {first.exitcode}, see above), so the run was "
+        "ended"
+    )
+
+
+def make_accelerator(settings: dict[str, Any], log_folder: str | None = None) -> Any:
+    """The Accelerator of a run, from Accelerate's own configuration and what `settings` say.
+
+    Raises:
+        UserError: another number of processes than asked for, or a tracker that is not installed.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
+
+    try:
+        accelerator = Accelerator(
+            cpu=settings["cpu"],
+            mixed_precision=settings["mixed_precision"],
+            gradient_accumulation_steps=settings["accumulate"],
+            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings["seed"]),
+            step_scheduler_with_optimizer=False,
+            log_with=settings["track"] or None,
+            project_dir=log_folder,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
+        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError(f"Accelerate cannot start: {error}") from error
+    asked = settings["num_processes"]
+    if asked is not None and accelerator.num_processes != asked:
+        raise UserError(
+            f"--num-processes {asked}, but {accelerator.num_processes} were started by the launcher: give the launcher "
+            "the number, or leave the launcher out"
+        )
+    return accelerator

@@ -1,0 +1,206 @@
+"""Data sets larger than the disk: read as they are used, a share for each process, resumed from the set's own state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from .data import UNREADABLE, build_transform, read_image, seeded
+from .errors import UserError, one_line, require
+from .sources import SPLITS, Images, Samples, parse_val_split
+from .tables import choose_columns
+
+__all__ = ["StreamedImages", "find_stream", "make_stream_loader"]
+
+SHUFFLE_BUFFER = 2000  # images, undecoded, from which the next is drawn
+
+
+class StreamSamples(Samples):
+    """A split that is only read as it is used: its size and its rows, no labels in advance."""
+
+    def __init__(self, table: Any, count: int, columns: tuple[str, str], index: dict[Any, int]):
+        super().__init__([], [])
+        self.table, self.count, self.columns, self.index = table, count, columns, index
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def find_stream(data: str, image_column: str | None, label_column: str | None, val_split: float | str) -> Images:
+    """Open a folder of parquet files, an image folder or a Hub data set without reading it.
+
+    Classes come from the set's own description or, without one, from one pass over its label column. Where there is no
+    validation split, every n-th row is held out.
+
+    Raises:
+        UserError: it cannot be streamed, has no train split, or does not say its classes.
+    """
+    require("datasets")
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    share, last = parse_val_split(val_split)
+    path = Path(data).expanduser()
+    try:
+        if path.is_file():
+            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
+        else:
+            loaded = datasets.load_dataset(str(path) if path.exists() else data, streaming=True)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--data {data} cannot be streamed: {one_line(error, 250)}") from error
+    tables = {}
+    for split, names in SPLITS.items():
+        match = next((n for n in loaded if n.lower() in names), None)
+        if match:
+            tables[split] = loaded[match]
+    if "train" not in tables:
+        raise UserError(f"--data {data} has the splits {', '.join(loaded)}: one must be called train to be streamed")
+    columns = choose_columns(data, tables["train"], image_column, label_column)
+    classes, index = _classes(data, tables["train"], columns[1])
+    counts = {split: _count(table, columns[1]) for split, table in tables.items()}
+    notes = [f"streamed: shuffled within {SHUFFLE_BUFFER} images, and a resumed run is not bit-identical"]
+    if "val" not in tables:
+        if last:
+            raise UserError(f"--val-split {val_split}: with --streaming give a share, or data with a val split")
+        every = max(2, round(1 / share))
+        table = tables["train"]
+        tables["val"] = table.filter(lambda row, number: number % every == 0, with_indices=True)
+        tables["train"] = table.filter(lambda row, number: number % every != 0, with_indices=True)
+        total = counts["train"]
+        counts["val"] = -(-total // every)
+        counts["train"] = total - counts["val"]
+        notes.append(f"no val split: every {every}th image is held out for validation")
+    splits = {
+        split: StreamSamples(tables[split].cast_column(columns[0], datasets.Image(decode=False)), n, columns, index)
+        for split, n in counts.items()
+    }
+    return Images(path.resolve().stem if path.exists() else data.replace("/", "_"), classes, splits, notes)
+
+
+def _classes(data: str, table: Any, column: str) -> tuple[list[str], dict[Any, int]]:
+    from datasets import ClassLabel
+
+    kind = (table.features or {}).get(column)
+    if isinstance(kind, ClassLabel):
+        return list(kind.names), {i: i for i in range(len(kind.names))}
+    seen = sorted({row[column] for row in table.select_columns(column)}, key=lambda v: (str(type(v)), v))
+    if any(not isinstance(value, (int, str)) for value in seen):
+        raise UserError(f"{data}: column '{column}' holds {seen[0]!r}, which names no class")
+    return [str(value) for value in seen], {value: i for i, value in enumerate(seen)}
+
+
+def _count(table: Any, column: str) -> int:
+    """Rows of a split, as its description says or, without one, counted over the label column alone."""
+    splits = table.info.splits or {}
+    if str(table.split) in splits and splits[str(table.split)].num_examples:
+        return splits[str(table.split)].num_examples
+    return sum(1 for _ in table.select_columns(column))
+
+
+class StreamedImages(IterableDataset):
+    """This process's share of a stream, as (tensor (C, H, W), label, -1); unreadable images are counted and left out.
+
+    Args:
+        samples: the split.
+        config: see `data_config`.
+        augment: a key of `AUGMENT` to train, None to evaluate.
+        seed: of order and augmentation.
+        skip_bad: count unreadable images and go on, instead of stopping at the first.
+        process: (index, number) of processes, among which the rows are divided.
+        more: further arguments of timm's `create_transform`.
+    """
+
+    collate = None
+
+    def __init__(
+        self,
+        samples: StreamSamples,
+        config: dict[str, Any],
+        augment: str | None,
+        seed: int,
+        skip_bad: bool,
+        process: tuple[int, int],
+        **more: Any,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        self.samples, self.seed, self.skip_bad, self.process = samples, seed, skip_bad, process
+        self.training = augment is not None
+        self.transform = build_transform(config, augment, **more)
+        self.mode = "L" if config["input_size"][0] == 1 else "RGB"
+        self.table = split_dataset_by_node(samples.table, *process)
+        if self.training:
+            self.table = self.table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        self.epoch = 0
+        self.bad = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Images of the whole split, over all processes."""
+        return len(self.samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which order and augmentation to give from the next iteration on."""
+        self.epoch = epoch
+        self.table.set_epoch(epoch)
+
+    def name(self, index: int) -> str:
+        """Rows of a stream have no number to be found by."""
+        return "an image of the stream"
+
+    def check_headers(self) -> None:
+        """Nothing can be checked in advance."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+        return {"table": self.table.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.table.load_state_dict(state["table"])
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        image_column, label_column = self.samples.columns
+        worker = torch.utils.data.get_worker_info()
+        stream = (self.seed, self.epoch, self.process[0], worker.id if worker else 0)
+        for number, row in enumerate(self.table):
+            content = row[image_column] or {}
+            try:
+                image = read_image(content.get("bytes") or content.get("path") or b"", self.mode)
+            except UNREADABLE as error:
+                if not self.skip_bad:
+                    raise UserError(
+                        f"cannot read {content.get('path') or f'row {number} of the stream'} as an image "
+                        f"({one_line(error, 150)}): leave such images out with --skip-bad-images"
+                    ) from error
+                self.bad += 1
+                continue
+            label = self.samples.index[row[label_column]]
+            if not self.training:
+                yield self.transform(image), label, -1
+                continue
+            with seeded(*stream, number):
+                tensor = self.transform(image)
+            yield tensor, label, -1
+
+
+def make_stream_loader(dataset: StreamedImages, batch_size: int, workers: int) -> Any:
+    """torchdata's loader, which knows where each of its worker processes is.
+
+    Raises:
+        UserError: torchdata is not installed.
+    """
+    require("torchdata", extra="stream")
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    shards = getattr(dataset.table, "num_shards", 1)
+    return StatefulDataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=min(workers, shards),
+        drop_last=dataset.training,
+        pin_memory=torch.cuda.is_available(),
+    )
