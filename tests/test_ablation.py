@@ -19,7 +19,7 @@ from timm_cbam2.errors import UserError
 
 TINY = """
 recipes:
-  small: {data: digits, img_size: 8, epochs: 2, batch_size: 64, lr: 0.003, val_split: 0.2, workers: 0, cache_images: true}
+  small: {data: digits, img_size: 8, epochs: 2, batch_size: 64, lr: 0.003, val_split: 0.2, cache_images: true}
 variants:
   plain: {model: resnet20}
   more: {start: {run: plain, model: resnet20_cbam2}, epochs: 1, about: attention put in}
@@ -68,7 +68,8 @@ def test_killed_at_any_moment_it_goes_on(ablation, tmp_path):
     assert "2 to go" in out and "plain-seed0" in out and "more-seed0" in out
     whole = measured(tmp_path / "whole" / "results.jsonl")
     assert [row["variant"] for row in whole] == ["plain", "more"] and len(whole[0]["val_accuracy"]) == 2
-    assert whole[1]["start_accuracy"] == whole[0]["val_accuracy"][-1]  # put in at the identity
+    assert whole[1]["start_accuracy"] == whole[0]["accuracy"]  # put in at the identity
+    assert whole[0]["accuracy"] == pytest.approx(whole[0]["val_accuracy"][-1], abs=1e-9)
     assert whole[0]["parameters"] < whole[1]["parameters"] and whole[1]["health"]
 
     command = ("run", "--grid", grid, "--runs", "killed")
@@ -84,6 +85,7 @@ def test_killed_at_any_moment_it_goes_on(ablation, tmp_path):
     assert "1 finished before, 1 to go" in out
     second.communicate()
     assert measured(tmp_path / "killed" / "results.jsonl") == whole
+    assert json.loads((tmp_path / "whole" / "results.jsonl").read_text().splitlines()[0])["cpu_seconds"] > 0
     assert "0 to go" in finish(ablation(*command))
 
     out = finish(ablation("table", "--grid", grid, "--results", "killed/results.jsonl", "-o", "picture.png"))
@@ -125,17 +127,23 @@ def test_a_mistake_in_the_grid_is_one_line(tmp_path, old, new, words):
 def test_what_is_asked_for_is_found_or_refused():
     grid = read_grid()
     jobs = list(grid.jobs("x.parquet", ["controls"]))
-    assert [j.seed for j in jobs] == sorted(j.seed for j in jobs) and len(jobs) == 18  # every control before a next seed
+    assert [j.seed for j in jobs] == sorted(j.seed for j in jobs) and len(
+        jobs
+    ) == 18  # every control before a next seed
     assert {j.name for j in grid.jobs("x", ["controls"], ["plain"], [1])} == {"plain-seed1"}
     every = [j.name for j in grid.jobs("x")]
     assert len(set(every)) == len(every)
-    for arguments, word in (((["control"], (), ()), "controls"), (((), ["cbma"], ()), "cbam"), (((), (), [99]), "seed")):
+    for arguments, word in (
+        ((["control"], (), ()), "controls"),
+        (((), ["cbma"], ()), "cbam"),
+        (((), (), [99]), "seed"),
+    ):
         with pytest.raises(UserError, match=word):
             list(grid.jobs("x", *arguments))
 
 
 def row(variant, seed, accuracy, **options):
-    return dict(variant=variant, seed=seed, val_accuracy=[0.1, accuracy], epochs=2, parameters=5, options=options)
+    return dict(variant=variant, seed=seed, accuracy=accuracy, epochs=2, parameters=5, options=options)
 
 
 def test_results_survive_a_torn_line_and_are_not_mixed(tmp_path):
@@ -148,7 +156,7 @@ def test_results_survive_a_torn_line_and_are_not_mixed(tmp_path):
     assert len(results.rows) == 1
     results.append(row("a", 1, 0.6, lr=1.0, data="x"))
     assert [r["seed"] for r in Results(path).rows] == [0, 1]
-    assert results.find(Job("a", 1, {"lr": 1.0, "data": "/some/where/x.parquet"}))["val_accuracy"][-1] == 0.6
+    assert results.find(Job("a", 1, {"lr": 1.0, "data": "/some/where/x.parquet"}))["accuracy"] == 0.6
     assert results.find(Job("a", 2, {"lr": 1.0, "data": "x"})) is None
     with pytest.raises(UserError, match="a-seed1 with lr=1.0, the grid says 2.0"):
         results.find(Job("a", 1, {"lr": 2.0, "data": "x"}))
@@ -159,7 +167,9 @@ def test_results_survive_a_torn_line_and_are_not_mixed(tmp_path):
 
 def test_intervals_and_pairs(tmp_path):
     found = estimate([1.0, 2.0, 4.0])
-    assert found.mean == pytest.approx(7 / 3) and found.half == pytest.approx(4.302653 * np.std([1, 2, 4], ddof=1) / 3**0.5)
+    assert found.mean == pytest.approx(7 / 3) and found.half == pytest.approx(
+        4.302653 * np.std([1, 2, 4], ddof=1) / 3**0.5
+    )
     assert estimate([3.0]).half is None and estimate([]) is None
     path = tmp_path / "grid.yaml"
     path.write_text(TINY.replace("[0]", "[0, 1, 2]"))

@@ -140,7 +140,9 @@ def read_grid(path: str | Path = GRID) -> Grid:
             _known(path, f"variant {name}: start", start, START)
             _known(path, f"variant {name}: start: run", [start.get("run")], variants)
             if starts[start["run"]] is not None:
-                raise UserError(f"--grid {path}: variant {name} starts from {start['run']}, which itself starts from one")
+                raise UserError(
+                    f"--grid {path}: variant {name} starts from {start['run']}, which itself starts from one"
+                )
     questions = tuple(_question(path, name, given, options) for name, given in content["questions"].items())
     return Grid(questions, options, starts, about)
 

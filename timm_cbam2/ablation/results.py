@@ -32,13 +32,17 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         # A writer that was killed leaves a line without its end: that training is harvested again.
-        self.whole = len(text.encode()) if text.endswith("\n") or not text else len(text[: text.rfind("\n") + 1].encode())
+        self.whole = (
+            len(text.encode()) if text.endswith("\n") or not text else len(text[: text.rfind("\n") + 1].encode())
+        )
         for number, line in enumerate(text.encode()[: self.whole].decode().splitlines(), 1):
             try:
                 row = json.loads(line)
-                row["variant"], row["seed"], row["val_accuracy"][-1]  # noqa: B018
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise UserError(f"{self.path}, line {number}, is not a result: remove the line, or give another file") from error
+                row["variant"], row["seed"], row["accuracy"], row["options"]  # noqa: B018
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.path}, line {number}, is not a result: remove the line, or give another file"
+                ) from error
             self.rows.append(row)
 
     def find(self, job: Job) -> dict[str, Any] | None:
@@ -136,4 +140,4 @@ def compare(grid: Grid, question: Question, rows: Sequence[dict[str, Any]]) -> l
 
 
 def _accuracy(row: dict[str, Any]) -> float:
-    return 100 * row["val_accuracy"][-1]
+    return 100 * row["accuracy"]

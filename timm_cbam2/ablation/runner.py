@@ -16,11 +16,11 @@ from typing import IO, Any, Iterator
 from ..errors import UserError
 from .grid import Grid, Job
 from .results import Results
+from .start import accuracy, prepare
 
 __all__ = ["Runner", "finetune_command"]
 
 STOPPED = 75  # exit code of a finetune that saved and can be resumed
-HEALTH = "health"
 
 
 def finetune_command(job: Job, folder: Path, model: str | None = None) -> list[str]:
@@ -72,7 +72,7 @@ class Runner:
                 self._finish(job, lock)
                 row = self.results.rows[-1]
                 print(
-                    f"{job.name}: {100 * row['val_accuracy'][-1]:.2f} % after {row['epochs']} epochs, "
+                    f"{job.name}: {100 * row['accuracy']:.2f} % after {row['epochs']} epochs, "
                     f"line {len(self.results.rows)} of {self.results.path}",
                     flush=True,
                 )
@@ -82,22 +82,22 @@ class Runner:
         """Where the run of a job is."""
         return self.runs / job.name
 
-    def _finish(self, job: Job, lock: IO[str]) -> None:
+    def _finish(self, job: Job, lock: IO[str] | None) -> None:
         folder = self.folder(job)
-        notes = self._begin(job)
+        notes = _Notes(self.runs / f"{job.name}.json")
         job = self._with_data(job)
         model, begin = None, None
         if job.start is not None:
-            from .start import prepare
-
             source = self.grid.job(job.start["run"], job.seed, self.data)
             if self.results.find(source) is None or not (self.folder(source) / "last").is_dir():
-                raise UserError(f"{job.name} starts from {source.name}, whose run is not finished in {self.runs}: run that first")
+                raise UserError(
+                    f"{job.name} starts from {source.name}, whose run is not finished in {self.runs}: run that first"
+                )
             begin = prepare(self.folder(source) / "last", self.runs / f"{job.name}.start", job)
             model = str(self.runs / f"{job.name}.start")
         if not _is_complete(folder, job.options["epochs"]):
-            self._train(job, folder, model, lock)
-        row = harvest(job, folder) | {"commits": notes["commits"]}
+            self._train(job, folder, model, lock, notes)
+        row = harvest(job, folder) | notes.summary()
         if begin is not None:
             row["start_accuracy"] = begin
         self.results.append(row)
@@ -115,31 +115,19 @@ class Runner:
             raise UserError(f"{job.variant} needs images: give them with --data, such as a parquet file")
         return job
 
-    def _begin(self, job: Job) -> dict[str, Any]:
-        """Note by which state of the code a job is trained; more than one when it was resumed after a change."""
-        self.runs.mkdir(parents=True, exist_ok=True)
-        path = self.runs / f"{job.name}.json"
-        notes = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commits": []}
-        commit = code_version()
-        if commit not in notes["commits"]:
-            notes["commits"].append(commit)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(notes) + "\n", encoding="utf-8")
-            temporary.replace(path)
-        return notes
-
-    def _train(self, job: Job, folder: Path, model: str | None, lock: IO[str]) -> None:
+    def _train(self, job: Job, folder: Path, model: str | None, lock: IO[str] | None, notes: _Notes) -> None:
         if folder.exists() and not any(folder.glob("checkpoints/step-*")):
             shutil.rmtree(folder)  # killed before its first checkpoint: nothing to go on from
         # The lock goes along: should this process be killed, it stays held until the training, too, has ended.
         # Threads that spin while they wait for each other waste what other work could use.
         environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "PYTHONPATH": _python_path()}
         command = finetune_command(job, folder, model)
-        self.child = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if lock else [])
-        try:
-            code = self.child.wait()
-        finally:
-            self.child = None
+        with notes.attempt():
+            self.child = subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()] if lock else [])
+            try:
+                code = self.child.wait()
+            finally:
+                self.child = None
         if self.stopped or code == STOPPED:
             raise KeyboardInterrupt(f"stopped in {job.name}: the same command goes on from there")
         if code != 0:
@@ -164,27 +152,71 @@ class Runner:
                 signal.signal(number, handler)
 
 
+class _Notes:
+    """What is kept beside a run folder: the states of the code it was trained by, and what each attempt cost."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commits": [], "cpu": []}
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """One process that trains; its cost stays unknown if this process is killed meanwhile."""
+        commit = code_version()
+        if commit not in self.content["commits"]:
+            self.content["commits"].append(commit)
+        self.content["cpu"].append(None)
+        self._write()
+        before = _children_seconds()
+        try:
+            yield
+        finally:
+            self.content["cpu"][-1] = _children_seconds() - before
+            self._write()
+
+    def summary(self) -> dict[str, Any]:
+        """For the result line; CPU seconds are those of the whole processes, None unless all are known."""
+        cpu = self.content["cpu"]
+        known = bool(cpu) and None not in cpu
+        return {"commits": self.content["commits"], "cpu_seconds": round(sum(cpu), 1) if known else None}
+
+    def _write(self) -> None:
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.content) + "\n", encoding="utf-8")
+        temporary.replace(self.path)
+
+
+def _children_seconds() -> float:
+    """CPU seconds of every process that this one has waited for."""
+    times = os.times()
+    return times.children_user + times.children_system
+
+
 def harvest(job: Job, folder: Path) -> dict[str, Any]:
-    """The result line of a finished run, from what finetune left in its folder."""
+    """The result line of a finished run, from what finetune left in its folder.
+
+    `accuracy` is that of the last model as anybody gets it who loads it, in full precision; the figures by epoch are
+    finetune's own, in the precision of the training.
+    """
     rows = _metrics(folder)
     settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     row = {
         "variant": job.variant,
         "seed": job.seed,
         "epochs": len(rows),
+        "accuracy": accuracy(folder / "last", job.options),
         "val_accuracy": [r["val_accuracy"] for r in rows],
         "val_loss": [round(r["val_loss"], 5) for r in rows],
         "train_loss": [round(r["train_loss"], 5) for r in rows],
         "seconds": round(sum(r["seconds"] for r in rows), 1),
-        "cpu_seconds": round(sum(r.get("cpu_seconds", 0.0) for r in rows), 1),
         "parameters": settings["parameters"],
         "images": settings["images"],
         "options": job.settings(),
         "versions": {**settings["versions"], "python": platform.python_version()},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS')}",
     }
-    if rows[-1].get(HEALTH):
-        row[HEALTH] = rows[-1][HEALTH]
+    if rows[-1].get("health"):
+        row["health"] = rows[-1]["health"]
     return row
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Mapping
 
 import timm
 import torch
@@ -15,7 +16,7 @@ from ..hub import save
 from ..zoo import class_names, load
 from .grid import Job
 
-__all__ = ["prepare"]
+__all__ = ["accuracy", "prepare"]
 
 
 def prepare(source: Path, folder: Path, job: Job) -> float:
@@ -41,7 +42,7 @@ def prepare(source: Path, folder: Path, job: Job) -> float:
             network = timm.create_model(job.start["model"], num_classes=trained.num_classes, **options)
             _transplant(trained, network)
         save(network, folder, label_names=class_names(trained), data_config=data_config(trained))
-    return _accuracy(load(str(folder)), job)
+    return accuracy(folder, job.options)
 
 
 def _transplant(trained: nn.Module, network: nn.Module) -> None:
@@ -57,13 +58,17 @@ def _transplant(trained: nn.Module, network: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _accuracy(network: nn.Module, job: Job) -> float:
-    options = job.options
+def accuracy(folder: Path, options: Mapping[str, Any]) -> float:
+    """Share of the validation images that the model in `folder` gets right, in full precision as `evaluate` says it.
+
+    Args:
+        folder: of the model.
+        options: of `finetune`, which tell the data.
+    """
+    network = load(str(folder)).eval()
     images = find_images(options["data"], options.get("image_column"), options.get("label_column"))
     images = images.with_val(options.get("val_split", 0.2))
-    size = options.get("img_size")
-    samples = ImageDataset(images.splits["val"], data_config(network, size, **images.data_config))
-    network.eval()
+    samples = ImageDataset(images.splits["val"], data_config(network))
     hits = 0
     for batch, labels, _ in make_loader(samples, 250, 0):
         hits += int((network(batch).argmax(1) == labels).sum())

@@ -27,9 +27,9 @@ def _plain(found: Estimate | None) -> str:
 
 
 def markdown(grid: Grid, question: Question, rows: Sequence[dict[str, Any]]) -> str:
-    """The table of a question: accuracy in percent after the last epoch, mean ± half of the 95 % interval."""
+    """The table of a question: accuracy in percent and differences in points after the last epoch, ± half of the 95 % interval."""
     lines = [
-        f"| variant | parameters | seeds | validation accuracy, % | minus {question.control}, points | CPU s per epoch |",
+        f"| variant | parameters | seeds | validation accuracy, % | minus {question.control} | CPU s per epoch |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in compare(grid, question, rows):
@@ -70,7 +70,9 @@ def picture(grid: Grid, questions: Sequence[Question], rows: Sequence[dict[str, 
     save_figure(figure, path)
 
 
-def _panel(axes: Any, table: Sequence[Row], points: Sequence[Sequence[float]], means: Sequence[Any], colour: str) -> None:
+def _panel(
+    axes: Any, table: Sequence[Row], points: Sequence[Sequence[float]], means: Sequence[Any], colour: str
+) -> None:
     for y, (values, mean) in enumerate(zip(points, means)):
         axes.plot(values, [y] * len(values), "o", color=colour, alpha=0.45, markersize=5, linestyle="none")
         if mean is not None and mean.half is not None:
