@@ -27,7 +27,7 @@ def _plain(found: Estimate | None) -> str:
 
 
 def markdown(grid: Grid, question: Question, rows: Sequence[dict[str, Any]]) -> str:
-    """The table of a question: accuracy in percent and differences in points after the last epoch, ± half of the 95 % interval."""
+    """The table of a question: percent and points after the last epoch, ± half of the 95 % interval."""
     lines = [
         f"| variant | parameters | seeds | validation accuracy, % | minus {question.control} | CPU s per epoch |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
