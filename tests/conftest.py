@@ -1,7 +1,10 @@
 """Commands run as a user runs them, and folders of real images to run them on."""
 
+import itertools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 from collections import namedtuple
@@ -19,21 +22,54 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Importing torch takes seconds, so one process imports and then forks a fresh one for each command.
 SERVER = """
-import json, os, sys
+import json, os, resource, sys
 import accelerate, datasets, matplotlib.figure, sklearn.datasets
-from timm_cbam2 import cli
+from timm_cbam2 import cli, loop, prepare
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
+    if "wait" in job:
+        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+        continue
     child = os.fork()
     if child == 0:
         os.chdir(job["cwd"])
+        os.environ.update(job["env"])
+        if job["largest_file"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
         for fd in (1, 2):
             os.dup2(os.open(job["files"][fd - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
         sys.argv = ["timm-cbam2", *job["args"]]
         cli.main()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    print(child, flush=True)
 """
+
+
+class Started:
+    """A command that runs in a process of its own."""
+
+    def __init__(self, server, pid, files):
+        self.server, self.pid, self.files = server, pid, files
+
+    def kill(self, number=signal.SIGKILL):
+        os.kill(self.pid, number)
+
+    @property
+    def alive(self):
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+    def out(self):
+        return Path(self.files[0]).read_text()
+
+    def wait(self):
+        """Exit code, stdout and stderr when it has ended."""
+        return Result(int(ask(self.server, {"wait": self.pid})), *(Path(file).read_text() for file in self.files))
+
+
+def ask(server, job):
+    server.stdin.write(json.dumps(job) + "\n")
+    server.stdin.flush()
+    return server.stdout.readline()
 
 
 @pytest.fixture(scope="session")
@@ -67,25 +103,52 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def run(environment, tmp_path_factory):
-    """`run(*args, cwd=...)` runs `timm-cbam2 ARGS` in a process of its own: exit code, stdout and stderr."""
+def start(environment, tmp_path_factory):
+    """`start(*args, cwd=..., env={}, largest_file=None)` starts `timm-cbam2 ARGS` in a process of its own."""
     folder = tmp_path_factory.mktemp("output")
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
     )
     assert server.stdout.readline() == "ready\n"
+    count = itertools.count()
 
-    def call(*args, cwd=folder):
-        files = [str(folder / "stdout"), str(folder / "stderr")]
-        job = {"args": [str(a) for a in args], "cwd": str(cwd), "files": files}
-        server.stdin.write(json.dumps(job) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        return Result(code, *(Path(file).read_text() for file in files))
+    def call(*args, cwd=folder, env=None, largest_file=None):
+        number = next(count)
+        files = [str(folder / f"stdout{number}"), str(folder / f"stderr{number}")]
+        job = {"args": [str(a) for a in args], "cwd": str(cwd), "files": files, "env": env or {}}
+        return Started(server, int(ask(server, {**job, "largest_file": largest_file})), files)
 
     yield call
     server.stdin.close()
     server.wait(30)
+
+
+@pytest.fixture(scope="session")
+def start_group(start):
+    """`start_group(processes, *args)` starts one command in several processes, as torchrun does."""
+
+    def call(processes, *args, **kwargs):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        common = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1"}
+        common |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+        return [
+            start(*args, env={k: str(v) for k, v in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()}, **kwargs)
+            for rank in range(processes)
+        ]
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def run(start):
+    """`run(*args, cwd=...)` runs `timm-cbam2 ARGS` in a process of its own: exit code, stdout and stderr."""
+
+    def call(*args, **kwargs):
+        return start(*args, **kwargs).wait()
+
+    return call
 
 
 @pytest.fixture(scope="session")

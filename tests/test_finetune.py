@@ -36,7 +36,12 @@ def test_main_job(environment, run, tmp_path):
     assert f"best validation accuracy {100 * best:.2f} %" in done.stdout
     assert f"timm-cbam2 evaluate {folder.relative_to(tmp_path)}" in done.stdout
     settings = json.loads((folder / "run.json").read_text())
-    assert settings["lr"] == 5e-4 and settings["pretrained"] and settings["classes"] == list("0123456789") and settings["augment"] == "light"
+    assert (
+        settings["lr"] == 5e-4
+        and settings["pretrained"]
+        and settings["classes"] == list("0123456789")
+        and settings["augment"] == "light"
+    )
     assert Image.open(folder / "curves.png").size[0] > 800
 
     measured = run("evaluate", folder)

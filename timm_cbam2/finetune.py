@@ -14,7 +14,7 @@ import typer
 from .data import Images
 from .errors import UserError, command_line, require, run_commands
 from .guards import lock
-from .launch import is_launched, launch, make_accelerator
+from .launch import is_launched, launch, lost_peers, make_accelerator, tracker_names
 from .settings import OF_THE_CALL, Applied, apply_recipe, apply_resume, check_options, resolved_text
 from .zoo import resolve
 
@@ -131,10 +131,9 @@ def finetune(
         raise UserError(
             "recipe= is for the command line; in Python: finetune(**read_recipe(name)), from timm_cbam2.settings"
         )
-    settings["track"] = [name.strip() for name in track.split(",")] if isinstance(track, str) else list(track or ())
     check_options(settings)
     require("matplotlib")
-    _check_trackers(settings["track"])
+    _check_trackers(tracker_names(track))
     resolve(model)
     if num_processes is not None and num_processes > 1 and not is_launched():
         code = launch(num_processes, cpu)
@@ -145,13 +144,15 @@ def finetune(
 
     from .prepare import open_images
 
-    accelerator = make_accelerator(settings)
     images = open_images(settings)
-    folder = Path(broadcast_object_list([str(output or _default_output(model, images))])[0]).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--output {folder} is a file: give a folder")
-    set_seed(seed)
-    return _run(accelerator, settings, images, folder)
+    folder = Path(output or _default_output(model, images)).expanduser()
+    accelerator = make_accelerator(settings, str(folder) if track else None)
+    with lost_peers():
+        folder = Path(broadcast_object_list([str(folder)])[0])  # its name has the time in it
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--output {folder} is a file: give a folder")
+        set_seed(seed)
+        return _run(accelerator, settings, images, folder)
 
 
 def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Path) -> dict[str, Any]:
@@ -164,6 +165,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
     from .loop import Run
     from .optimise import freeze, make_optimizer, make_schedule
 
+    settings["mixed_precision"] = accelerator.mixed_precision
     process = accelerator.process_index, accelerator.num_processes
     network, pretrained = prepare.build(settings, images, accelerator.print)
     prepare.complete(settings, images, pretrained)
@@ -232,7 +234,6 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
                 "processes": process[1],
                 "device": str(accelerator.device),
                 "distributed_type": accelerator.distributed_type.value,
-                "mixed_precision": accelerator.mixed_precision,
                 "versions": info["versions"],
                 "steps_per_epoch": updates,
             },

@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, Iterator
 
-from .errors import QUIET, STOPPED, UserError, command_line
+from .errors import QUIET, STOPPED, UserError, command_line, one_line
 
-__all__ = ["is_launched", "launch", "make_accelerator", "usable_cpus"]
+__all__ = ["is_launched", "launch", "lost_peers", "make_accelerator", "tracker_names", "usable_cpus"]
 
 TIMEOUT = timedelta(minutes=10)  # a process that neither answers nor dies ends the run after this
 
@@ -48,7 +50,9 @@ def launch(processes: int, cpu: bool) -> int:
         raise UserError(f"--num-processes {processes}: there are {torch.cuda.device_count()} GPUs here; or add --cpu")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, usable_cpus() // processes)))
     os.environ[QUIET] = "1"
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL + 1)  # the reason is ours to tell, once
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # the reason is ours to tell, once
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -71,24 +75,48 @@ def launch(processes: int, cpu: bool) -> int:
 
 def _explain(failures: dict[int, Any], processes: int) -> int:
     """The exit code when every failed process was told to stop; otherwise raises what the first to fail said."""
-    killed = [f for f in failures.values() if f.exitcode < 0 and f.signal_name() != "SIGTERM"]
-    first = min(killed or failures.values(), key=lambda failure: failure.timestamp)
+    killed = {rank: f for rank, f in failures.items() if f.exitcode < 0 and f.signal_name() != "SIGTERM"}
+    rank, first = min((killed or failures).items(), key=lambda item: item[1].timestamp)
     if first.exitcode == STOPPED:
         return STOPPED
     if first.exitcode < 0:
         raise UserError(
-            f"process {first.global_rank} of {processes} died ({first.signal_name()}: killed from outside, "
+            f"process {rank} of {processes} died ({first.signal_name()}: killed from outside, "
             "often for want of memory), so the run was ended: go on with --resume auto"
         )
     if first.exitcode == 2 and isinstance(first.message, str):
         raise UserError(first.message)
     raise UserError(
-        f"process {first.global_rank} of {processes} failed (exit code {first.exitcode}, see above), so the run was "
-        "ended"
+        f"process {rank} of {processes} failed (exit code {first.exitcode}, see above), so the run was ended"
     )
 
 
-def make_accelerator(settings: dict[str, Any], log_folder: str | None = None) -> Any:
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """Within the context, the error of a process whose peer went away becomes one line.
+
+    Raises:
+        UserError: another process ended or did not answer in time.
+    """
+    import torch
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise UserError(
+            f"another process of this run ended or no longer answers, so this one ends too ({one_line(error, 120)}): "
+            "see what that one said, and go on with --resume auto"
+        ) from error
+
+
+def tracker_names(track: str | None) -> list[str]:
+    """ "tensorboard,wandb" as a list."""
+    return [name.strip() for name in (track or "").split(",") if name.strip()]
+
+
+def make_accelerator(settings: dict[str, Any], log_folder: str | None) -> Any:
     """The Accelerator of a run, from Accelerate's own configuration and what `settings` say.
 
     Raises:
@@ -97,6 +125,8 @@ def make_accelerator(settings: dict[str, Any], log_folder: str | None = None) ->
     from accelerate import Accelerator
     from accelerate.utils import DataLoaderConfiguration, InitProcessGroupKwargs
 
+    # DDP says this once of 1-channel kernels, whose strides have no meaning.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     try:
         accelerator = Accelerator(
             cpu=settings["cpu"],
@@ -104,7 +134,7 @@ def make_accelerator(settings: dict[str, Any], log_folder: str | None = None) ->
             gradient_accumulation_steps=settings["accumulate"],
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings["seed"]),
             step_scheduler_with_optimizer=False,
-            log_with=settings["track"] or None,
+            log_with=tracker_names(settings["track"]) or None,
             project_dir=log_folder,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )

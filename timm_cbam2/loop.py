@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoints, Position
@@ -290,7 +291,11 @@ class Run:
         accelerator, at = self.accelerator, self.at
         loss, hits, count = accelerator.reduce(self.sums).tolist()
         raw = self._predict(self.network)
-        found = raw if self.ema is None else self._predict(self.ema.module)
+        found = raw
+        if self.ema is not None:
+            for buffer in self.ema.module.buffers():  # each process averaged the statistics of its own batches
+                broadcast(buffer)
+            found = self._predict(self.ema.module)
         self.confusion = found.confusion(len(self.images.classes)).to(torch.int32)
         row = {
             "epoch": at.epoch,
