@@ -67,7 +67,10 @@ class Runner:
         waiting = [job for job in jobs if self.results.find(job) is None]
         print(f"{len(jobs)} trainings asked for, {len(jobs) - len(waiting)} finished before, {len(waiting)} to go")
         with _alone(self.runs) as lock, self._gentle():
+            self.results = Results(self.results.path)  # whoever held the folder may have added to it
             for number, job in enumerate(waiting, 1):
+                if self.results.find(job) is not None:
+                    continue
                 print(f"\n[{number}/{len(waiting)}] {job.name}", flush=True)
                 self._finish(job, lock)
                 row = self.results.rows[-1]
@@ -89,10 +92,9 @@ class Runner:
         model, begin = None, None
         if job.start is not None:
             source = self.grid.job(job.start["run"], job.seed, self.data)
-            if self.results.find(source) is None or not (self.folder(source) / "last").is_dir():
-                raise UserError(
-                    f"{job.name} starts from {source.name}, whose run is not finished in {self.runs}: run that first"
-                )
+            if not _is_complete(self.folder(source), source.options["epochs"]):
+                print(f"{job.name} starts from {source.name}, whose run is not in {self.runs}: that comes first")
+                self._train(source, self.folder(source), None, lock, _Notes(self.runs / f"{source.name}.json"))
             begin = prepare(self.folder(source) / "last", self.runs / f"{job.name}.start", job)
             model = str(self.runs / f"{job.name}.start")
         if not _is_complete(folder, job.options["epochs"]):
