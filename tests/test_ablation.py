@@ -213,16 +213,16 @@ def test_the_position_task_can_be_trained_on(tmp_path):
     assert len(images.splits["train"]) == 4000 and len(images.splits["val"]) == 1000 and len(images.classes) == 16
 
 
-def test_what_is_run_is_what_is_stored():
+def test_what_is_folded_is_what_is_stored():
     """The table of `cost` compares ways that compute the same thing, and counts what they hold."""
     kinds = cost._kinds()
-    stored, as_run, full, wide = kinds.values()
-    for branch, (depthwise, pointwise) in zip(as_run.branches, stored.branches):
+    stored, folded, full, wide = kinds.values()
+    for branch, (depthwise, pointwise) in zip(folded.branches, stored.branches):
         branch.dw.weight.data.copy_(depthwise.weight.data)
         branch.pw.weight.data.copy_(pointwise.weight.data)
     maps = torch.randn(2, 4, 9, 11)
     maps[:, 2:] = maps[:1, 2:]  # the coordinates are the same for every image
-    assert torch.allclose(as_run(maps), stored(maps), atol=1e-5)
+    assert torch.allclose(folded(maps), stored(maps), atol=1e-5)
     assert full(maps).shape == wide(maps).shape == stored(maps).shape == (2, 4, 9, 11)
     rows = cost.measure(2, 8, 1)
     taps = 9 + 25 + 49 + 9

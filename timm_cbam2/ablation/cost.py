@@ -1,4 +1,4 @@
-"""What spatial branches cost: depthwise then pointwise, as stored and as run, against full k×k convolutions."""
+"""What spatial branches cost: depthwise then pointwise, as stored and folded, against full k×k convolutions."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def _pointwise() -> nn.Conv2d:
     return nn.Conv2d(MAPS, 1, 1, bias=False)
 
 
-class _AsRun(nn.Module):
-    """What `SpatialAttn.mask_of` computes before the router mixes: one dense convolution for all branches."""
+class _Folded(nn.Module):
+    """All branches as one dense convolution, the coordinate half once for the whole batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ def _kinds() -> dict[str, nn.Module]:
         "depthwise, then pointwise to 1 (as stored)": _Branches(
             lambda k, d: nn.Sequential(_conv(MAPS, k, d, groups=MAPS), _pointwise())
         ),
-        "the same, as it is run: one dense convolution": _AsRun(),
+        "the same, folded into one dense convolution": _Folded(),
         "full k×k to 1": _Branches(lambda k, d: _conv(1, k, d)),
         "full k×k to 4, then pointwise to 1": _Branches(lambda k, d: nn.Sequential(_conv(MAPS, k, d), _pointwise())),
     }
@@ -65,7 +65,7 @@ def _kinds() -> dict[str, nn.Module]:
 
 def _macs(kind: nn.Module, side: int) -> int:
     """Multiply-accumulates per image."""
-    if isinstance(kind, _AsRun):  # the coordinate half is done once per batch, the kernels are made once per batch
+    if isinstance(kind, _Folded):  # the coordinate half is done once per batch, the kernels are made once per batch
         return len(KERNELS) * 2 * kind.footprint**2 * side * side
     return sum(p.numel() for p in kind.parameters()) * side * side
 
