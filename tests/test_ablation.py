@@ -9,8 +9,11 @@ import time
 
 import numpy as np
 import pytest
+import timm
 import torch
+from transformers import AutoModelForImageClassification
 
+from timm_cbam2 import Cbam2, save
 from timm_cbam2.ablation import cost, position, routing
 from timm_cbam2.ablation.grid import Job, read_grid
 from timm_cbam2.ablation.results import RESULTS, Results, compare, estimate
@@ -254,3 +257,22 @@ def test_a_mistake_on_the_command_line_is_one_line(ablation):
         "timm-cbam2: no question is called control; there are controls, position, parts, further, convnext"
     ]
     assert process.returncode == 2
+
+
+@pytest.mark.parametrize("name, stages", [("resnet20_cbam2", [1, 2]), ("test_convnext_cbam2", [0])])
+def test_attention_in_some_stages_only(name, stages, tmp_path):
+    model = timm.create_model(name, num_classes=3, cbam2_stages=stages).eval()
+    blocks = {
+        n.split(".")[1 if "convnext" in name else 0][-1] for n, m in model.named_modules() if isinstance(m, Cbam2)
+    }
+    assert blocks == {str(stage + ("resnet" in name)) for stage in stages}
+    save(model, tmp_path / "model")
+    images = torch.randn(1, *model.pretrained_cfg["input_size"])
+    for again in (
+        timm.create_model(f"local-dir:{tmp_path / 'model'}", pretrained=True).eval(),
+        AutoModelForImageClassification.from_pretrained(tmp_path / "model"),
+    ):
+        assert torch.equal(getattr(again(images), "logits", again(images)), model(images))
+    for wrong in ([], [4], [True], 1):
+        with pytest.raises(ValueError, match="cbam2_stages"):
+            timm.create_model(name, cbam2_stages=wrong)

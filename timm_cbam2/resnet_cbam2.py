@@ -191,7 +191,7 @@ def _shipped_cfgs(name: str) -> Dict[str, Any]:
     for root in (here.parent, here):
         for weights in sorted(root.glob(f"checkpoints/{name}.*/model.safetensors")):
             config = json.loads(weights.with_name("config.json").read_text(encoding="utf-8"))
-            cfg = {k: v for k, v in config["pretrained_cfg"].items() if k != "tag"}
+            cfg = {k: tuple(v) if isinstance(v, list) else v for k, v in config["pretrained_cfg"].items() if k != "tag"}
             found[weights.parent.name] = _cifar_cfg(**cfg, label_names=config.get("label_names"), file=str(weights))
     return found
 
