@@ -22,31 +22,6 @@ def rows(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_main_job(environment, run, tmp_path):
-    """No arguments, from another folder: learns the digits, and what it leaves can be read back."""
-    command = [sys.executable, "-m", "timm_cbam2.finetune"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("resnet20_cbam2-digits-")
-    history = rows(folder)
-    best = max(row["val_accuracy"] for row in history)
-    assert best >= 0.97
-    assert [row["epoch"] for row in history] == list(range(1, 7)) and history[0]["val_images"] == 359
-    assert f"best validation accuracy {100 * best:.2f} %" in done.stdout
-    assert f"timm-cbam2 evaluate {folder.relative_to(tmp_path)}" in done.stdout
-    settings = json.loads((folder / "run.json").read_text())
-    assert settings["lr"] == 5e-4 and settings["pretrained"]
-    assert settings["classes"] == list("0123456789") and settings["augment"] == "light"
-    assert Image.open(folder / "curves.png").size[0] > 800
-
-    measured = run("evaluate", folder)
-    assert measured.code == 0 and measured.err == "", measured
-    result = json.loads((folder / "evaluate-digits-val" / "evaluation.json").read_text())
-    assert result["top1"] == best
-    assert result["loss"] == min(row["val_loss"] for row in history if row["val_accuracy"] == best)
-
-
 def test_the_same_command_gives_the_same_run(run, small_run, quick, tmp_path):
     first, data = small_run
     result = run("finetune", "--data", data, *quick, "--workers", "1", "--output", tmp_path / "again")

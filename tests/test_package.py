@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,8 +50,23 @@ def test_it_runs_the_main_job_elsewhere(wheel, bare_python, tmp_path):
     where = run(bare_python, "-c", "import timm_cbam2; print(timm_cbam2.__file__)").strip()
     assert str(bare_python.parent.parent) in where
     command = bare_python.parent / "timm-cbam2"
-    out = run(command, "finetune", "--epochs", "2", "--output", "run")
-    assert "best validation accuracy" in out
-    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row["val_images"] == 359 and row["val_accuracy"] > 0.3
     assert "resnet50_cbam2" in run(command, "models", "resnet50")
+
+    out = run(command, "finetune")  # the main job, as the README has it
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("resnet20_cbam2-digits-")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    best = max(row["val_accuracy"] for row in rows)
+    assert best >= 0.97
+    assert [row["epoch"] for row in rows] == list(range(1, 7)) and rows[0]["val_images"] == 359
+    assert f"best validation accuracy {100 * best:.2f} %" in out
+    assert f"timm-cbam2 evaluate {folder.relative_to(tmp_path)}" in out
+    settings = json.loads((folder / "run.json").read_text())
+    assert settings["lr"] == 5e-4 and settings["pretrained"] and settings["augment"] == "light"
+    assert settings["classes"] == list("0123456789")
+    assert Image.open(folder / "curves.png").size[0] > 800 and (folder / "report.html").is_file()
+
+    assert f"{100 * best:.2f} %" in run(command, "evaluate", folder)
+    result = json.loads((folder / "evaluate-digits-val" / "evaluation.json").read_text())
+    assert result["top1"] == best
+    assert result["loss"] == min(row["val_loss"] for row in rows if row["val_accuracy"] == best)

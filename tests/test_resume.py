@@ -114,6 +114,18 @@ def test_killed_at_random_points(start_group, start, images, whole, tmp_path, pr
     assert_same_run(whole[processes], folder)
 
 
+def test_killed_before_the_first_checkpoint(refused, run, images, whole, tmp_path):
+    """A row is written before the checkpoint that follows it: such a run begins anew, another one's is left alone."""
+    folder = shutil.copytree(whole[1], tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    args = ("finetune", "--data", images, *FULL, "--output", folder, "--resume", "auto")
+    refused(*args, "--seed", "9", words=("other settings", "no checkpoint"))
+    assert rows(folder) == rows(whole[1])
+    result = run(*args)
+    assert result.code == 0 and "begins anew" in result.out, result
+    assert_same_run(whole[1], folder)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_stop(start, run, images, whole, tmp_path, number):
     """A signal: all is saved, exit code 75; the folder alone is enough to go on."""

@@ -165,7 +165,7 @@ def test_a_report_that_cannot_be_written_stops_no_run(run, refused, write_folder
     assert result.code == 0 and result.err == "", result
     assert "no report: " in result.out and "best model" in result.out
     refused("report", tmp_path / "run", words=["report.html", "cannot be written"])
-    assert not list((tmp_path / "run").glob(".*"))
+    assert [path.name for path in (tmp_path / "run").glob(".*")] == [".lock"]
 
 
 def test_a_model_without_attention(run, write_folder, quick, tmp_path):

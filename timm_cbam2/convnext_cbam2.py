@@ -1,7 +1,7 @@
 """ConvNeXts with CBAM2 on every residual branch, after the MLP and before layer-scale: a twin of each of timm's."""
 
 import sys
-from typing import Any, Mapping, Optional
+from typing import Any, Mapping, Optional, Sequence
 
 import torch
 import torch.nn as nn
@@ -9,7 +9,7 @@ from timm.models import convnext as timm_convnext
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 
 from .cbam2 import Cbam2, resolve_options
-from .twins_cbam2 import Weights, build_twin, register_once, twin_cfgs, twin_entrypoints
+from .twins_cbam2 import Weights, attended_stages, build_twin, register_once, twin_cfgs, twin_entrypoints
 
 __all__ = ["ConvNeXtCbam2", "ConvNeXtCbam2Block"]
 
@@ -35,12 +35,19 @@ class ConvNeXtCbam2(ConvNeXt):
     """timm's ConvNeXt with a CBAM2 block in every residual branch."""
 
     def __init__(
-        self, *args: Any, cbam2: Optional[Mapping[str, Any]] = None, device=None, dtype=None, **kwargs: Any
+        self,
+        *args: Any,
+        cbam2: Optional[Mapping[str, Any]] = None,
+        cbam2_stages: Optional[Sequence[int]] = None,
+        device=None,
+        dtype=None,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
             *args: For timm's class.
             cbam2: Options of every block, see `resolve_options`.
+            cbam2_stages: Stages whose blocks carry attention, the first being 0; all by default.
             device: Device of the parameters.
             dtype: Data type of the parameters.
             **kwargs: For timm's class.
@@ -52,8 +59,9 @@ class ConvNeXtCbam2(ConvNeXt):
         super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self.cbam2_options = options
         # After timm's initialiser, which would otherwise walk over the attention too.
-        for stage, info in zip(self.stages, self.feature_info):
-            for block in stage.blocks:
+        attended = attended_stages(cbam2_stages, len(self.stages))
+        for number, (stage, info) in enumerate(zip(self.stages, self.feature_info)):
+            for block in stage.blocks if number in attended else ():
                 block.__class__ = ConvNeXtCbam2Block
                 block.attn = Cbam2(info["num_chs"], **options, device=device, dtype=dtype)
 

@@ -59,9 +59,13 @@ def finetune(
     train: Annotated[str, _option(MODEL, "all, attention, attention+head, or head; the rest stays frozen.")] = "all",
     model_kwargs: Annotated[list[str], _option(MODEL, "Arguments of timm.create_model.", metavar="KEY=VALUE")] = [],  # noqa: B006
     cbam2: Annotated[list[str], _option(MODEL, "Options of every CBAM2 block.", metavar="KEY=VALUE")] = [],  # noqa: B006
-    grad_checkpointing: Annotated[bool, _option(MODEL, "Less memory, more time.", "--grad-checkpointing")] = False,
-    channels_last: Annotated[bool, _option(MODEL, "Memory format; often faster.", "--channels-last")] = False,
-    compile: Annotated[bool, _option(MODEL, "torch.compile the model.", "--compile")] = False,
+    grad_checkpointing: Annotated[
+        bool, _option(MODEL, "Less memory.", "--grad-checkpointing/--no-grad-checkpointing")
+    ] = False,
+    channels_last: Annotated[
+        bool, _option(MODEL, "Memory format; often faster.", "--channels-last/--no-channels-last")
+    ] = False,
+    compile: Annotated[bool, _option(MODEL, "torch.compile the model.", "--compile/--no-compile")] = False,
     augment: Annotated[str, _option(AUG, "none, light (no mirroring), mild, standard (timm's), or auto.")] = "auto",
     auto_augment: Annotated[str | None, _option(AUG, "timm's, such as rand-m9-mstd0.5-inc1.")] = None,
     random_erasing: Annotated[float, _option(AUG, "Probability of erasing a part.", min=0.0, max=1.0)] = 0.0,
@@ -112,7 +116,7 @@ def finetune(
     ] = None,
     mixed_precision: Annotated[str | None, _option(MACHINE, "no, fp16 or bf16.")] = None,
     sync_bn: Annotated[bool, _option(MACHINE, "BatchNorm over all GPUs.", "--sync-bn/--no-sync-bn")] = False,
-    cpu: Annotated[bool, _option(MACHINE, "Use no GPU.", "--cpu")] = False,
+    cpu: Annotated[bool, _option(MACHINE, "Use no GPU.", "--cpu/--no-cpu")] = False,
 ) -> dict[str, Any]:
     """Fine-tune a model on labelled images; with no options, resnet20_cbam2 on scikit-learn's handwritten digits.
 
@@ -301,10 +305,15 @@ def _where_to_begin(run: Any, info: dict[str, Any]) -> tuple[Path | None, int | 
             return None, None, []
         path, notes = run.checkpoints.newest()
         if path is None:
-            if "metrics.jsonl" in used:
-                raise UserError(f"--resume {resume}: {folder} holds results but no checkpoint: give another folder")
-            if resume != "auto":
+            # Killed before its first checkpoint, a run begins anew; another one's results are not written over.
+            if "metrics.jsonl" in used and not _is_same_run(folder, info):
+                raise UserError(
+                    f"--resume {resume}: {folder} has other settings' results and no checkpoint: give another folder"
+                )
+            if used or resume != "auto":
                 notes.append(f"{folder} has no checkpoint yet, so the run begins anew")
+            if "metrics.jsonl" in used:
+                run.metrics.resume([])
             return None, None, notes
         saved = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
         changed, batch = check_resumable(saved, info, saved["batch"])
@@ -313,6 +322,16 @@ def _where_to_begin(run: Any, info: dict[str, Any]) -> tuple[Path | None, int | 
     found = _on_main(run.accelerator, decide)
     path, batch, notes = broadcast_object_list([found])[0]
     return Path(path) if path else None, batch, notes
+
+
+def _is_same_run(folder: Path, info: dict[str, Any]) -> bool:
+    """Whether run.json of `folder` tells of the training that `info` tells of."""
+    try:
+        saved = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    now = {**info["settings"], "data": _whole_path(info["settings"]["data"]), "processes": info["processes"]}
+    return all(saved.get(name) == value for name, value in now.items())
 
 
 def _check_trackers(names: list[str]) -> None:

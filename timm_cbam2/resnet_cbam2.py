@@ -8,7 +8,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, ResNet
 
 from .cbam2 import Cbam2, resolve_options
-from .twins_cbam2 import build_twin, register_once, reset_attention, twin_cfgs, twin_entrypoints
+from .twins_cbam2 import attended_stages, build_twin, register_once, reset_attention, twin_cfgs, twin_entrypoints
 
 __all__ = ["CifarResNet", "CifarResNetCbam2", "ResNetCbam2"]
 
@@ -35,6 +35,7 @@ class _AttentionSlot:
         self,
         *args: Any,
         cbam2: Optional[Mapping[str, Any]] = None,
+        cbam2_stages: Optional[Sequence[int]] = None,
         block_args: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
     ) -> None:
@@ -42,6 +43,7 @@ class _AttentionSlot:
         Args:
             *args: For timm's class.
             cbam2: Options of every block, see `resolve_options`.
+            cbam2_stages: Stages whose blocks carry attention, the first being 0; all by default.
             block_args: Further arguments of timm's residual blocks.
             **kwargs: For timm's class.
 
@@ -56,6 +58,11 @@ class _AttentionSlot:
         options = resolve_options(cbam2)
         super().__init__(*args, block_args={**(block_args or {}), "attn_layer": partial(Cbam2, **options)}, **kwargs)
         self.cbam2_options = options
+        stages = [stage for stage in (self.layer1, self.layer2, self.layer3, self.layer4) if len(stage)]
+        attended = attended_stages(cbam2_stages, len(stages))
+        for number, stage in enumerate(stages):
+            for block in stage if number not in attended else ():
+                block.se = None
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:

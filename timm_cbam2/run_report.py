@@ -137,6 +137,7 @@ def _errors(settings: Mapping[str, Any], seconds: float | None, confusion: Tenso
 def _health(rows: Sequence[dict[str, Any]], folder: Path) -> str:
     told = health_rows(rows)
     if not told:
+        (folder / "health.png").unlink(missing_ok=True)  # of an earlier report
         return ""
     panels = health_panels(rows)
     pictures = [_plot(draw, name) for name, draw in panels]

@@ -24,7 +24,15 @@ from timm.models._pretrained import DefaultCfg
 
 from .cbam2 import Cbam2
 
-__all__ = ["build_twin", "register_once", "require_safetensors", "reset_attention", "twin_cfgs", "twin_entrypoints"]
+__all__ = [
+    "attended_stages",
+    "build_twin",
+    "register_once",
+    "require_safetensors",
+    "reset_attention",
+    "twin_cfgs",
+    "twin_entrypoints",
+]
 
 MAX_CLASSES = 1_000_000
 WARM_START = "from_"  # prefix of the tags whose weights are timm's own
@@ -36,6 +44,22 @@ def reset_attention(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Cbam2):
             module.reset_parameters()
+
+
+def attended_stages(cbam2_stages: Optional[Iterable[int]], count: int) -> Set[int]:
+    """Which of a network's `count` stages carry attention, the first being 0: all where nothing is asked for.
+
+    Raises:
+        ValueError: For what is no list of such numbers, or an empty one.
+    """
+    if cbam2_stages is None:
+        return set(range(count))
+    stages = list(cbam2_stages) if isinstance(cbam2_stages, (list, tuple, set)) else []
+    if not stages or any(type(stage) is not int or not 0 <= stage < count for stage in stages):
+        raise ValueError(
+            f"cbam2_stages={cbam2_stages!r} is not allowed; give a list of one or more stages from 0 to {count - 1}."
+        )
+    return set(stages)
 
 
 def _rebuild(entrypoint: Callable, helper: str, create: Callable) -> FunctionType:

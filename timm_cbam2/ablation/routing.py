@@ -1,0 +1,117 @@
+"""Is the routing alive? What fusion and branch weights do over a whole validation set, between samples and classes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from ..cbam2 import is_cbam2, record_attention
+from ..data import ImageDataset, data_config, find_images, make_loader
+from ..errors import UserError
+from ..zoo import load, run_settings
+
+__all__ = ["measure", "routing", "summary"]
+
+DEAD = 0.05  # a choice whose weight stays below this for 99 % of the images plays no part
+
+
+def summary(weights: Tensor, labels: Tensor) -> dict[str, Any]:
+    """What weights (N, K) that sum to 1 do over N images of the classes `labels` (N,).
+
+    Returns:
+        `mean` (K,); `between_samples`, the largest standard deviation over images; `between_classes`, that of the class
+        means; `class_share`, how much of the variance between images their class explains, 0 to 1; `entropy` of an
+        image's weights from 0 (one takes all) to 1 (all equal), mean over images; `dead`, the choices whose weight is
+        below 0.05 for 99 % of the images; `first`, the share of images for which each choice weighs most.
+    """
+    weights = weights.double()
+    choices = weights.shape[1]
+    classes = labels.unique()
+    means = torch.stack([weights[labels == c].mean(0) for c in classes])  # (classes, K)
+    shares = torch.stack([(labels == c).double().mean() for c in classes])
+    total = weights.var(0, correction=0)
+    between = (shares[:, None] * (means - weights.mean(0)) ** 2).sum(0)
+    entropy = -torch.special.xlogy(weights, weights).sum(1).mean().item() / math.log(choices) if choices > 1 else 1.0
+    dead = (weights.quantile(0.99, dim=0) < DEAD).nonzero().flatten().tolist()
+    return {
+        "mean": weights.mean(0).tolist(),
+        "between_samples": total.max().sqrt().item(),
+        "between_classes": between.max().sqrt().item(),
+        "class_share": (between.sum() / total.sum()).item() if total.sum() > 0 else 0.0,
+        "entropy": entropy,
+        "dead": dead,
+        "first": torch.bincount(weights.argmax(1), minlength=choices).div(len(weights)).tolist(),
+    }
+
+
+@torch.no_grad()
+def measure(model: nn.Module, loader: Any) -> dict[str, dict[str, Any]]:
+    """For each CBAM2 block of `model` by name: `fusion` (None unless routed) and `branches`, see `summary`."""
+    model.eval()
+    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    labels = []
+    with record_attention(model) as records:
+        for images, targets, _ in loader:
+            model(images)
+            labels.append(targets)
+            for name, record in records.items():
+                fusion, branches = seen.setdefault(name, ([], []))
+                branches.append(record.router_weights.float())
+                if record.fusion_weights is not None:
+                    fusion.append(record.fusion_weights.float())
+    truth = torch.cat(labels)
+    return {
+        name: {
+            "fusion": summary(torch.cat(fusion), truth) if fusion else None,
+            "branches": summary(torch.cat(branches), truth),
+        }
+        for name, (fusion, branches) in seen.items()
+    }
+
+
+def routing(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run or model folder, hf-hub: id, or name.")],
+    data: Annotated[Optional[str], typer.Option(help="As for finetune; for a run, its own data.")] = None,
+    val_split: Annotated[Optional[str], typer.Option(help="As for finetune; for a run, its own.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also write every number, as JSON.")] = None,
+) -> dict[str, Any]:
+    """Measure on validation images whether fusion and branch weights depend on the image, and which ones are dead.
+
+    Raises:
+        UserError: no such model or data, or a model without a CBAM2 block.
+    """
+    settings = run_settings(model) or {}
+    if data is None and "data" not in settings:
+        raise UserError(f"{model} is not a run, so say what to measure it on: --data FOLDER, a data set, or digits")
+    images = find_images(data or settings["data"], settings.get("image_column"), settings.get("label_column"))
+    images = images.with_val(val_split or settings.get("val_split", 0.2))
+    network = load(model)
+    if not any(is_cbam2(module) for module in network.modules()):
+        raise UserError(f"{model} has no CBAM2 block to look at: give a model named …_cbam2")
+    samples = ImageDataset(images.splits["val"], data_config(network))
+    found = measure(network, make_loader(samples, batch_size, 0))
+    print(f"{model} on {len(samples)} validation images of {images.name}; spreads are standard deviations\n")
+    print("| block | weights | mean | entropy | between samples | between classes | class explains | dead |")
+    print("| --- | --- | --- | ---: | ---: | ---: | ---: | --- |")
+    for name, block in found.items():
+        for kind, row in block.items():
+            if row is not None:
+                mean = " ".join(f"{value:.2f}" for value in row["mean"])
+                print(
+                    f"| {name} | {kind} | {mean} | {row['entropy']:.3f} | {row['between_samples']:.3f} "
+                    f"| {row['between_classes']:.3f} | {100 * row['class_share']:.0f} % "
+                    f"| {', '.join(map(str, row['dead'])) or 'none'} |"
+                )
+    if output is not None:
+        try:
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+    return found
