@@ -72,6 +72,14 @@ def ask(server, job):
     return server.stdout.readline()
 
 
+LONG = ("test_readme", "test_resume", "test_package", "test_app", "test_training", "test_finetune", "test_hub")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: LONG.index(item.module.__name__) if item.module.__name__ in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory):
     """The interpreter of a fresh environment that has all this one has, except timm_cbam2."""

@@ -140,12 +140,10 @@ class Checkpoints:
         for file in (*files, temporary / SUMS, temporary):
             _to_disk(file)
         if final.exists():  # of before this run was resumed from an older one
-            final.rename(self.folder / f".{final.name}.old.tmp")
+            final.rename(self.folder / f".{final.name}.again.tmp")
         temporary.rename(final)
         _to_disk(self.folder)
-        for old in self.all()[self.keep :]:
-            shutil.rmtree(old)
-        self.sweep()
+        self.prune(self.keep)
 
     def all(self) -> list[Path]:
         """Those that are there, the newest first."""
@@ -172,9 +170,10 @@ class Checkpoints:
         return None, []
 
     def prune(self, keep: int) -> None:
-        """Leave the newest `keep`. Main process only."""
+        """Leave the newest `keep`; killed meanwhile, none is left in part. Main process only."""
         for old in self.all()[keep:]:
-            shutil.rmtree(old)
+            old.rename(self.folder / f".{old.name}.old.tmp")
+        self.sweep()
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written. Main process only."""
