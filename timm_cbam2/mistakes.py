@@ -103,7 +103,8 @@ def confusion_part(seen: Seen, known: Tensor | None, path: Path) -> str:
     often = "<p>Most often confused:</p>" + table(worst, ("true class", "taken for", "times")) if worst else ""
     some = seen.some() if known is None else ""
     image = bytes_image(picture, "confusion matrix")
-    return f'<h2>Confusion</h2><div class="scroll wide">{image}</div>{some}{often}'
+    kind = "plots" if len(kept) <= 12 else "scroll wide"  # more would be too small to read on a phone
+    return f'<h2>Confusion</h2><div class="{kind}">{image}</div>{some}{often}'
 
 
 def mistakes_part(seen: Seen) -> str:
