@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 import importlib.util
 import os
 import re
 import sys
+import traceback
 from typing import Any, Callable, NoReturn
 
 import typer
@@ -58,15 +60,23 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., None]:
             function(*args, **kwargs)
         except UserError as error:
             _say(error)
+            _release(error)
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
             if QUIET not in os.environ or os.environ.get("RANK") == "0":
                 print(f"{PROGRAM}: {one_line(stop) if stop.args else 'interrupted'}", file=sys.stderr, flush=True)
+            _release(stop)
             raise typer.Exit(STOPPED if isinstance(stop, Stopped) else 130) from None
 
     # What it returns and raises is for those who call it.
     command.__doc__ = re.split(r"\n\s*(?:Returns|Raises):", function.__doc__ or "")[0]
     return command
+
+
+def _release(error: BaseException) -> None:
+    """Let go of what the failed call held: data loaders then end their workers, which at exit would die with a noise."""
+    traceback.clear_frames(error.__traceback__)
+    gc.collect()
 
 
 def _say(error: UserError) -> None:
