@@ -74,7 +74,7 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., None]:
 
 
 def _release(error: BaseException) -> None:
-    """Let go of what the failed call held: data loaders then end their workers, which at exit would die with a noise."""
+    """Let go of what the failed call held: data loaders then end their workers, which exit would kill noisily."""
     traceback.clear_frames(error.__traceback__)
     gc.collect()
 
