@@ -1,5 +1,6 @@
 """CBAM2 attention for timm's ResNets and ConvNeXts; importing it registers them with timm and transformers."""
 
+import os
 from importlib import import_module
 from typing import Any
 
@@ -33,13 +34,20 @@ __all__ = [
     "ConvNeXtCbam2",
     "ResNetCbam2",
     "SpatialAttn",
+    "disable_cpu_kernel",
+    "enable_cpu_kernel",
     "record_attention",
     "resolve_options",
     "save",
     "suggest",
 ]
 
-_LAZY = {"save": ".hub", "suggest": ".zoo"}  # not needed to build a model, so not imported with it
+_LAZY = {
+    "save": ".hub",
+    "suggest": ".zoo",
+    "enable_cpu_kernel": ".cpu_kernel",
+    "disable_cpu_kernel": ".cpu_kernel",
+}  # not needed to build a model, so not imported with it
 
 
 def __getattr__(name: str) -> Any:
@@ -63,3 +71,5 @@ AutoImageProcessor.register(
     image_processor_classes=dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor),
     exist_ok=True,
 )
+if os.environ.get("TIMM_CBAM2_CPU_KERNEL") == "1":
+    import_module(".cpu_kernel", __name__).enable_cpu_kernel()

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import Final
+from typing import Final, Tuple
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ __all__ = [
     "apply_gate",
     "compute_dtype",
     "convolve_coordinates",
+    "coordinate_windows",
     "coordinates",
     "no_autocast",
     "reset_convs",
@@ -122,16 +123,24 @@ def _windows(x: torch.Tensor, taps: int) -> torch.Tensor:
     return x[place.clamp(min=0).minimum(place.new_full((1,), count - 1))] * inside
 
 
-def convolve_coordinates(kernel: torch.Tensor, height: int, width: int) -> torch.Tensor:
+def coordinate_windows(
+    height: int, width: int, taps: int, device: torch.device, dtype: torch.dtype
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a centred kernel of `taps` meets of 1 and of Y along H, (H, f) each, and of X and of 1 along W, (W, 2f)."""
+    across, down = coordinates(width, device, dtype), coordinates(height, device, dtype)
+    columns = torch.cat([_windows(across, taps), _windows(torch.ones_like(across), taps)], 1)
+    return _windows(torch.ones_like(down), taps), _windows(down, taps), columns
+
+
+def convolve_coordinates(
+    kernel: torch.Tensor, windows: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
     """Convolve the maps X and Y (each depends on one axis only) with kernel (K, 2, f, f), zero padding: (K, H, W).
 
     A map that is constant along one axis makes the convolution two matrix products.
     """
-    taps = kernel.shape[-1]
-    across = coordinates(width, kernel.device, kernel.dtype)
-    down = coordinates(height, kernel.device, kernel.dtype)
-    rows = torch.cat([_windows(torch.ones_like(down), taps) @ kernel[:, 0], _windows(down, taps) @ kernel[:, 1]], 2)
-    columns = torch.cat([_windows(across, taps), _windows(torch.ones_like(across), taps)], 1)  # (W, 2f)
+    ones, down, columns = windows
+    rows = torch.cat([ones @ kernel[:, 0], down @ kernel[:, 1]], 2)
     return rows @ columns.t()  # (K, H, 2f) @ (2f, W)
 
 

@@ -1,6 +1,6 @@
 """Spatial attention: what each position is multiplied by."""
 
-from typing import Final, Optional, Sequence, Tuple
+from typing import Callable, Final, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,6 +14,7 @@ from .parts_cbam2 import (
     apply_gate,
     compute_dtype,
     convolve_coordinates,
+    coordinate_windows,
     coordinates,
     no_autocast,
     reset_convs,
@@ -103,13 +104,21 @@ class SpatialAttn(nn.Module):
             kernels.append(branch.kernel(self.footprint, dtype))
         return torch.stack(kernels)
 
-    def prepare(self, height: int, width: int, dtype: torch.dtype) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def prepare(
+        self,
+        height: int,
+        width: int,
+        dtype: torch.dtype,
+        windows: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None,
+    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """What does not depend on the input: the kernel (K, 2, f, f) of avg and max, and what the coordinates add
-        (K, H, W), None without them."""
+        (K, H, W), None without them. `windows` are those of `coordinate_windows` where the caller keeps them."""
         kernel = self.kernel(dtype)
         place: Optional[torch.Tensor] = None
         if self.coords:
-            place = convolve_coordinates(kernel[:, 2:], height, width)
+            if windows is None:
+                windows = coordinate_windows(height, width, self.footprint, kernel.device, dtype)
+            place = convolve_coordinates(kernel[:, 2:], windows)
         return kernel[:, :2], place
 
     def route(self, maps: torch.Tensor) -> torch.Tensor:
@@ -142,11 +151,17 @@ class SpatialAttn(nn.Module):
 
     @torch.jit.ignore
     def mask_of_mixed(
-        self, avg: torch.Tensor, largest: torch.Tensor, kernel: torch.Tensor, place: Optional[torch.Tensor]
+        self,
+        avg: torch.Tensor,
+        largest: torch.Tensor,
+        kernel: torch.Tensor,
+        place: Optional[torch.Tensor],
+        convolve: Optional[Callable] = None,
     ) -> torch.Tensor:
         """The same mask (B, H, W), by mixing the kernels of each sample before convolving.
 
-        The samples become the channels of one depthwise convolution, which a CPU runs several times faster, and its
+        `convolve` takes maps (B, 2, H, W) and kernels (B, 2, f, f); without it
+        the samples become the channels of one depthwise convolution, which a CPU runs several times faster, and its
         backward most of all, than a convolution from 2 to K channels. Batch and groups are then one number, which
         torch.export and torch.compile could not keep free.
         """
@@ -154,10 +169,14 @@ class SpatialAttn(nn.Module):
         maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
         weights = self.route(maps)
         mixed = (weights @ kernel.flatten(1)).view(2 * batch, 1, self.footprint, self.footprint)
-        maps = maps.view(1, 2 * batch, height, width)
-        if torch.is_grad_enabled():
-            maps = maps.contiguous(memory_format=torch.channels_last)  # for the backward's sake
-        z = F.conv2d(maps, mixed, padding=self.footprint // 2, groups=2 * batch).view(batch, 2, height, width).sum(1)
+        if convolve is not None:
+            z = convolve(maps, mixed.view(batch, 2, self.footprint, self.footprint))
+        else:
+            maps = maps.view(1, 2 * batch, height, width)
+            if torch.is_grad_enabled():
+                maps = maps.contiguous(memory_format=torch.channels_last)  # for the backward's sake
+            z = F.conv2d(maps, mixed, padding=self.footprint // 2, groups=2 * batch)
+            z = z.view(batch, 2, height, width).sum(1)
         if place is not None:
             z = z + (weights @ place.flatten(1)).view(batch, height, width)
         return apply_gate(z / self.temperature(avg.dtype), self.gate)
