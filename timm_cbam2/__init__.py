@@ -1,6 +1,7 @@
 """CBAM2 attention for timm's ResNets and ConvNeXts; importing it registers them with timm and transformers."""
 
 import os
+import warnings
 from importlib import import_module
 from typing import Any
 
@@ -42,12 +43,13 @@ __all__ = [
     "suggest",
 ]
 
+# Not needed to build a model, so not imported with it.
 _LAZY = {
+    "disable_cpu_kernel": ".cpu_kernel",
+    "enable_cpu_kernel": ".cpu_kernel",
     "save": ".hub",
     "suggest": ".zoo",
-    "enable_cpu_kernel": ".cpu_kernel",
-    "disable_cpu_kernel": ".cpu_kernel",
-}  # not needed to build a model, so not imported with it
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -72,4 +74,7 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 if os.environ.get("TIMM_CBAM2_CPU_KERNEL") == "1":
-    import_module(".cpu_kernel", __name__).enable_cpu_kernel()
+    try:
+        import_module(".cpu_kernel", __name__).enable_cpu_kernel()
+    except RuntimeError as error:
+        warnings.warn(str(error), stacklevel=2)

@@ -6,7 +6,10 @@ once; the kernel does, for float32, float64, bfloat16 and float16 and both memor
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
+import tempfile
 from pathlib import Path
 
 import torch
@@ -16,40 +19,58 @@ from .passes_cbam2 import use_kernel
 __all__ = ["disable_cpu_kernel", "enable_cpu_kernel"]
 
 SOURCE = Path(__file__).parent / "csrc" / "cbam2_cpu.cpp"
-FLAGS = {"AVX2": ["-mavx2", "-mfma", "-mf16c"], "AVX512": ["-mavx2", "-mfma", "-mf16c"]}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+FLAGS = {"AVX2": AVX2, "AVX512": AVX2}  # by torch's name for what the processor can do
 
 
 def enable_cpu_kernel() -> None:
     """Let every CBAM2 block run its passes on CPUs by the compiled kernel, in this process.
 
-    The first call on a machine builds it, which takes half a minute and needs a C++ compiler and `ninja` (the extra `cpu`);
-    torch keeps the result (in TORCH_EXTENSIONS_DIR, where set) for later processes. Setting the environment variable
-    TIMM_CBAM2_CPU_KERNEL=1 calls this on import, so that commands use it too.
+    The first call on a machine builds it, which takes half a minute and needs a C++ compiler and ninja (the extra
+    `cpu`). The result is kept in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions, for later processes.
+    With the environment variable TIMM_CBAM2_CPU_KERNEL=1 this is done on import, for commands too.
 
     Raises:
         RuntimeError: it cannot be built here; the message says why.
     """
-    log = logging.getLogger("torch.utils.cpp_extension")
-    level = log.level
-    log.setLevel(logging.ERROR)  # importing it warns where CUDA has no device, which does not matter here
-    from torch.utils import cpp_extension
-
-    log.setLevel(level)
-    capability = torch.backends.cpu.get_cpu_capability()
-    flags = ["-O3", "-fopenmp-simd", *FLAGS.get(capability, [])]
-    try:
-        # The name keeps processors of different kinds apart that share a home folder.
-        name = f"timm_cbam2_cpu_{capability.lower()}"
-        cpp_extension.load(name, [str(SOURCE)], extra_cflags=flags, is_python_module=False)
-    except (RuntimeError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise RuntimeError(
-            f"the CPU kernel cannot be built: {reason}. It needs a C++ compiler and `pip install timm_cbam2[cpu]`; "
-            "without it everything works as before, only slower."
-        ) from error
+    if not hasattr(torch.ops.timm_cbam2_cpu, "squeeze"):
+        capability = torch.backends.cpu.get_cpu_capability()
+        flags = ["-O3", "-fopenmp-simd", *FLAGS.get(capability, [])]
+        made_of = [SOURCE.read_text(encoding="utf-8"), *flags, torch.__version__, capability]
+        key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+        library = root / f"timm_cbam2_cpu-{key}.so"
+        if library.exists():
+            torch.ops.load_library(library)
+        else:
+            _build(library, flags)
     use_kernel(torch.ops.timm_cbam2_cpu)
 
 
 def disable_cpu_kernel() -> None:
     """Go back to torch's own operations in this process."""
     use_kernel(None)
+
+
+def _build(library: Path, flags: list[str]) -> None:
+    """Build and load it. It appears under its name when it is whole, so that a killed build leaves nothing to wait
+    for, as torch's own lock would."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    level = log.level
+    log.setLevel(logging.ERROR)  # importing it warns where CUDA has no device, which does not matter here
+    from torch.utils import cpp_extension
+
+    log.setLevel(level)
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix="timm_cbam2_cpu-") as folder:
+            cpp_extension.load(
+                "cbam2_cpu", [str(SOURCE)], extra_cflags=flags, build_directory=folder, is_python_module=False
+            )
+            os.replace(Path(folder) / "cbam2_cpu.so", library)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"the CPU kernel cannot be built: {reason}. It needs a C++ compiler and `pip install timm_cbam2[cpu]`; "
+            "without it everything works, only slower."
+        ) from error
