@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Annotated, Any, Callable, Iterator, Sequence
 
 import timm
@@ -129,7 +130,7 @@ def _table(case: dict[str, Any], kinds: Sequence[str]) -> list[list[str]]:
         head += [f"{KINDS[kind]}, ms", "over plain", "peak MB"]
     lines = []
     for variant in case["variants"]:
-        line = [variant["label"], f"{variant['parameters'] / 1e6:.2f} M", f"{variant['macs_per_image'] / 1e9:.3f} G"]
+        line = [variant["label"], f"{variant['parameters'] / 1e6:.2f} M", f"{variant['macs_per_image'] / 1e6:,.1f} M"]
         for kind in kinds:
             line += _cells(variant.get(kind))
         lines.append(line)
@@ -173,7 +174,7 @@ def _machine_line(found: dict[str, Any]) -> str:
     load = f", load {found['load_before']}" if "load_before" in found else ""
     return (
         f"{gpu}{found['processor']}, {found['cores']} cores, {found['instructions']}, "
-        f"{found['threads']} threads{load}; "
+        f"{found['threads']} thread{'s' * (found['threads'] > 1)}{load}; "
         f"torch {found['torch']}, timm {found['timm']}, Python {found['python']}"
     )
 
@@ -225,7 +226,8 @@ def benchmark(
     sizes = {model: _sizes(img_size, model) for model in models}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_whole(output / "benchmark.json", b"")  # rather now than after minutes of measuring
+        with TemporaryFile(dir=output):  # rather now than after minutes of measuring
+            pass
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
 
@@ -233,7 +235,8 @@ def benchmark(
     settings = {"batch_size": batch_size, "dtype": dtype, "device": device, "rounds": rounds, "seed": seed}
     result: dict[str, Any] = {"machine": machine(device), "settings": settings, "cases": []}
     line = _machine_line(result["machine"])
-    print(f"{line}\n{dtype}, channels_last, {rounds} rounds after {WARM_UP} to warm up, seed {seed}\n", flush=True)
+    how = f"{dtype}, channels_last, {rounds} rounds after {WARM_UP} to warm up, seed {seed}"
+    print(f"{line}\n{how}; MACs of convolutions and matrix products only\n", flush=True)
     for model in models:
         cases = []
         for size in sizes[model]:

@@ -32,9 +32,9 @@ def time_in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round.
 
-    Each round runs each step once. The order is rotated by one from round to round and reversed in every second
-    one, so that no step is always first or always follows the same other: what the machine does meanwhile meets all
-    alike, and times of one round can be compared in pairs.
+    Each round runs each step once. Every second round reverses the order of the one before, and the next is rotated
+    by one, so that no step is always first or always follows the same other: what the machine does meanwhile meets
+    all alike, and times of one round can be compared in pairs.
 
     Args:
         steps: what to time, by name.
@@ -49,7 +49,7 @@ def time_in_turn(
     gc.disable()
     try:
         for number in range(-WARM_UP, rounds):
-            first = number % len(names)
+            first = number // 2 % len(names)
             order = names[first:] + names[:first]
             for name in order if number % 2 == 0 else reversed(order):
                 seconds = clock(steps[name])
