@@ -68,7 +68,8 @@ def _explained(setup: Setup) -> Iterator[None]:
 
 def _measure(setup: Setup, kinds: Sequence[str], rounds: int, compiled: bool, memory: bool) -> dict[str, Any]:
     """One case of `benchmark.json`: every variant of one model at one size."""
-    torch.compiler.reset()  # each size is compiled as if it were the only one
+    if compiled:
+        torch.compiler.reset()  # each size is compiled as if it were the only one
     variants = variants_of(setup.model, compiled)
     networks = {variant.key: build(setup, variant) for variant in variants}
     found = {
