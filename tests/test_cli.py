@@ -21,7 +21,7 @@ def test_modules_run_by_themselves(environment):
     """As `python -m timm_cbam2.X`, in one process because importing torch takes seconds."""
     code = """
 import runpy, sys
-for name in ("finetune", "evaluate", "predict", "zoo", "cli"):
+for name in ("finetune", "evaluate", "predict", "benchmark", "zoo", "cli"):
     sys.argv = [name, "--help"]
     try:
         runpy.run_module(f"timm_cbam2.{name}", run_name="__main__")
@@ -30,7 +30,7 @@ for name in ("finetune", "evaluate", "predict", "zoo", "cli"):
 """
     command = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("Usage: ") == 5 and done.stderr == "", done
+    assert done.returncode == 0 and done.stdout.count("Usage: ") == 6 and done.stderr == "", done
 
 
 def test_models(run, refused):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from .app import app
+from .benchmark import benchmark
 from .configs import configs
 from .errors import run_commands
 from .evaluate import evaluate
@@ -29,6 +30,7 @@ def main() -> NoReturn:
         report,
         app,
         export,
+        benchmark,
         models,
         push,
         pull,
