@@ -1,6 +1,7 @@
 """The compiled CPU kernel: the same numbers and gradients as torch's own operations."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -164,3 +165,13 @@ def test_by_the_environment_and_without_a_compiler(built, environment, tmp_path)
     assert (failed.returncode, failed.stdout) == (0, "False\n")
     assert failed.stderr.count("the CPU kernel cannot be built") == 1 and "Traceback" not in failed.stderr
     assert os.listdir(tmp_path / "none") == []
+
+
+def test_the_benchmark_has_it_beside_the_others(built, run, tmp_path):
+    words = ("--img-size", "32", "--batch-size", "2", "--rounds", "1", "--threads", "1", "--no-memory", "--floor")
+    done = run("benchmark", "test_resnet_cbam2", "--cpu-kernel", *words, "-o", tmp_path)
+    assert done.code == 0, done
+    (case,) = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    found = {variant["key"]: variant for variant in case["variants"]}
+    assert "training" in found["cbam2_kernel"] and "training" not in found["cbam2_kernel_reparameterized"]
+    assert found["cbam2_kernel"]["inference"]["seconds"] > 0 and done.out.count("CBAM2, CPU kernel, ms") == 2

@@ -16,6 +16,7 @@ from .benchmark_floor import floor, floor_table
 from .benchmark_networks import DTYPES, VARIANTS, Setup, build, macs, make_step, variants_of
 from .benchmark_picture import draw
 from .benchmark_timing import WARM_UP, machine, peak_memory, quartiles, time_in_turn
+from .cpu_kernel import disable_cpu_kernel, enable_cpu_kernel
 from .errors import UserError, one_line, require, run_commands
 from .report import write_whole
 from .zoo import suggest
@@ -46,6 +47,16 @@ def _check_choice(option: str, given: str, allowed: Sequence[str]) -> None:
         raise UserError(f"{option} {given} is unknown; give {' or '.join(allowed)}")
 
 
+def _check_kernel(device: str) -> None:
+    if device != "cpu":
+        raise UserError(f"--cpu-kernel is for CPUs; leave it out with --device {device}")
+    try:
+        enable_cpu_kernel()
+    except RuntimeError as error:
+        raise UserError(f"--cpu-kernel: {error}") from error
+    disable_cpu_kernel()
+
+
 @contextmanager
 def _bar(total: int, title: str) -> Iterator[Callable[[], Any]]:
     from tqdm import tqdm
@@ -66,11 +77,11 @@ def _explained(setup: Setup) -> Iterator[None]:
         raise UserError(f"{setup.model} cannot be run on {side} pixels: {one_line(error, 300)}") from error
 
 
-def _measure(setup: Setup, kinds: Sequence[str], rounds: int, compiled: bool, memory: bool) -> dict[str, Any]:
+def _measure(setup: Setup, kinds: Sequence[str], rounds: int, extra: dict[str, bool], memory: bool) -> dict[str, Any]:
     """One case of `benchmark.json`: every variant of one model at one size."""
-    if compiled:
+    if extra["compiled"]:
         torch.compiler.reset()  # each size is compiled as if it were the only one
-    variants = variants_of(setup.model, compiled)
+    variants = variants_of(setup.model, **extra)
     networks = {variant.key: build(setup, variant) for variant in variants}
     found = {
         variant.key: {
@@ -192,6 +203,9 @@ def benchmark(
     train: Annotated[bool, typer.Option(help="Measure a forward and backward pass.")] = True,
     memory: Annotated[bool, typer.Option(help="Measure peak memory, in a fresh process for each variant.")] = True,
     compile: Annotated[bool, typer.Option("--compile", help="Also plain, SE and CBAM2 compiled (minutes).")] = False,
+    cpu_kernel: Annotated[
+        bool, typer.Option("--cpu-kernel", help="Also CBAM2 by its compiled CPU kernel, built the first time.")
+    ] = False,
     floor_too: Annotated[
         bool, typer.Option("--floor", help="Also the blocks alone, beside what memory bandwidth allows.")
     ] = False,
@@ -211,7 +225,7 @@ def benchmark(
         What `benchmark.json` holds.
 
     Raises:
-        UserError: an unknown model or choice, an input that the model or the machine cannot take, no CUDA.
+        UserError: an unknown model or choice, an input that the model or the machine cannot take, no CUDA, no compiler.
     """
     require("matplotlib")
     models = list(dict.fromkeys(models or ["resnet50_cbam2"]))
@@ -221,6 +235,8 @@ def benchmark(
     _check_choice("--device", device, ["cpu", "cuda"])
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no CUDA device here; give --device cpu")
+    if cpu_kernel:
+        _check_kernel(device)
     kinds = [kind for kind, wanted in (("inference", inference), ("training", train)) if wanted]
     if not kinds:
         raise UserError("--no-inference and --no-train leave nothing to measure: give one of them at most")
@@ -243,12 +259,12 @@ def benchmark(
         for size in sizes[model]:
             setup = Setup(model, batch_size, size, dtype, device, torch.get_num_threads(), seed)
             with _explained(setup):
-                case = _measure(setup, kinds, rounds, compile, memory)
+                case = _measure(setup, kinds, rounds, {"compiled": compile, "kernel": cpu_kernel}, memory)
                 print(f"{model} over {setup.twin}, {' x '.join(map(str, case['input']))}\n")
                 _print_table(_table(case, kinds))
                 if floor_too:
                     with _bar(0, f"{model}, {size} px, blocks alone") as tick:
-                        case["floor"] = floor(setup, kinds, rounds, tick)
+                        case["floor"] = floor(setup, kinds, rounds, cpu_kernel, tick)
                     _print_floor(case["floor"], kinds)
             cases.append(case)
         if len(cases) > 1:

@@ -30,12 +30,13 @@ from torch import Tensor, nn
 from .benchmark_networks import DTYPES, Setup, randomise
 from .benchmark_timing import bandwidth, time_in_turn
 from .cbam2 import Cbam2
+from .cpu_kernel import cpu_kernel
 
 __all__ = ["floor", "floor_table", "layer_shapes"]
 
-LEAST = {"inference": {"se": 2, "cbam2": 2}, "training": {"se": 5, "cbam2": 5}}
+LEAST = {"inference": 2, "training": 5}
 PASSES = {"inference": {"se": 3, "cbam2": 4}, "training": {"se": 7, "cbam2": 10}}
-LABELS = {"se": "SE", "cbam2": "CBAM2"}
+LABELS = {"se": "SE", "cbam2": "CBAM2", "cbam2_kernel": "CBAM2, CPU kernel"}
 
 
 def layer_shapes(model: str, img_size: int) -> dict[tuple[int, int, int], int]:
@@ -75,13 +76,16 @@ def _step(block: nn.Module, x: Tensor, training: bool) -> Callable[[], Any]:
     return train
 
 
-def floor(setup: Setup, kinds: list[str], rounds: int, tick: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+def floor(
+    setup: Setup, kinds: list[str], rounds: int, kernel: bool = False, tick: Callable[[], Any] = lambda: None
+) -> dict[str, Any]:
     """Time SE and CBAM2 alone on every layer shape of the setup's model, beside the two floors above.
 
     Args:
         setup: model, batch, size, dtype and device.
         kinds: of "inference" and "training".
         rounds: that are counted.
+        kernel: also CBAM2 by its compiled CPU kernel.
         tick: called after each round.
 
     Returns:
@@ -95,6 +99,8 @@ def floor(setup: Setup, kinds: list[str], rounds: int, tick: Callable[[], Any] =
     for (channels, height, width), blocks in layer_shapes(setup.model, setup.img_size).items():
         torch.manual_seed(setup.seed)
         layers = {"se": create_attn("se", channels), "cbam2": Cbam2(channels, gate="unit_sigmoid")}
+        if kernel:
+            layers["cbam2_kernel"] = layers["cbam2"]
         x = torch.randn(setup.batch_size, channels, height, width, device=setup.device)
         x = x.to(dtype, memory_format=torch.channels_last)
         row: dict[str, Any] = {"shape": list(x.shape), "blocks": blocks, "bytes": x.numel() * x.element_size()}
@@ -102,15 +108,15 @@ def floor(setup: Setup, kinds: list[str], rounds: int, tick: Callable[[], Any] =
             randomise(layer.to(setup.device))
         for kind in kinds:
             steps = {
-                name: _autocast(_step(layer, x, kind == "training"), setup.device, dtype)
+                name: _within(_step(layer, x, kind == "training"), setup.device, dtype, name == "cbam2_kernel")
                 for name, layer in layers.items()
             }
             times = time_in_turn(steps, rounds, setup.device, tick)
             row[kind] = {
                 name: {
                     "seconds": median(times[name]),
-                    "least": LEAST[kind][name] * row["bytes"] / speed["copy"],
-                    "passes": PASSES[kind][name] * row["bytes"] / speed["copy"],
+                    "least": LEAST[kind] * row["bytes"] / speed["copy"],
+                    "passes": PASSES[kind][name.removesuffix("_kernel")] * row["bytes"] / speed["copy"],
                 }
                 for name in layers
             }
@@ -118,9 +124,9 @@ def floor(setup: Setup, kinds: list[str], rounds: int, tick: Callable[[], Any] =
     return {"bandwidth": speed, "rows": rows}
 
 
-def _autocast(step: Callable[[], Any], device: str, dtype: torch.dtype) -> Callable[[], Any]:
+def _within(step: Callable[[], Any], device: str, dtype: torch.dtype, kernel: bool) -> Callable[[], Any]:
     def run() -> Any:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.autocast(device, dtype, enabled=dtype != torch.float32), cpu_kernel(kernel):
             return step()
 
     return run
@@ -129,19 +135,20 @@ def _autocast(step: Callable[[], Any], device: str, dtype: torch.dtype) -> Calla
 def floor_table(found: dict[str, Any], kind: str) -> list[list[str]]:
     """A head, a line per layer shape and the sum over all blocks: milliseconds, and times over the two floors."""
     head = ["input of the block", "blocks", "MB"]
-    for label in LABELS.values():
-        head += [f"{label}, ms", "× least", "× passes"]
+    names = [name for name in LABELS if name in found["rows"][0][kind]]
+    for name in names:
+        head += [f"{LABELS[name]}, ms", "× least", "× passes"]
     lines = []
-    total = {name: dict.fromkeys(("seconds", "least", "passes"), 0.0) for name in LABELS}
+    total = {name: dict.fromkeys(("seconds", "least", "passes"), 0.0) for name in names}
     for row in found["rows"]:
         line = [" x ".join(map(str, row["shape"])), str(row["blocks"]), f"{row['bytes'] / 2**20:.1f}"]
-        for name in LABELS:
+        for name in names:
             line += _cells(row[kind][name])
             for key, value in row[kind][name].items():
                 total[name][key] += row["blocks"] * value
         lines.append(line)
     blocks = sum(row["blocks"] for row in found["rows"])
-    lines.append(["all blocks", str(blocks), "", *(cell for name in LABELS for cell in _cells(total[name]))])
+    lines.append(["all blocks", str(blocks), "", *(cell for name in names for cell in _cells(total[name]))])
     return [head, *lines]
 
 

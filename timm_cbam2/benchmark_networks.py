@@ -15,6 +15,8 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .cpu_kernel import cpu_kernel
+
 __all__ = ["DTYPES", "Setup", "VARIANTS", "Variant", "build", "macs", "make_step", "randomise", "variants_of"]
 
 DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # what autocast runs in, None for no autocast
@@ -29,6 +31,7 @@ class Variant:
     attention: str | None = None
     reparameterized: bool = False
     compiled: bool = False
+    kernel: bool = False  # `enable_cpu_kernel`
 
     @property
     def baseline(self) -> str:
@@ -45,6 +48,14 @@ VARIANTS = {
         Variant("cbam", "CBAM (timm)", "cbam"),
         Variant("cbam2", "CBAM2", "cbam2"),
         Variant("cbam2_reparameterized", "CBAM2, reparameterized", "cbam2", reparameterized=True),
+        Variant("cbam2_kernel", "CBAM2, CPU kernel", "cbam2", kernel=True),
+        Variant(
+            "cbam2_kernel_reparameterized",
+            "CBAM2, CPU kernel, reparameterized",
+            "cbam2",
+            reparameterized=True,
+            kernel=True,
+        ),
         Variant("plain_compiled", "plain, compiled", compiled=True),
         Variant("se_compiled", "SE (timm), compiled", "se", compiled=True),
         Variant("cbam2_compiled", "CBAM2, compiled", "cbam2", compiled=True),
@@ -73,11 +84,11 @@ class Setup:
         return self.model.removesuffix("_cbam2")
 
 
-def variants_of(model: str, compiled: bool) -> list[Variant]:
+def variants_of(model: str, compiled: bool = False, kernel: bool = False) -> list[Variant]:
     """The variants that `model` has: only ResNets have a slot for timm's attention layers."""
     has_slot = is_model_in_modules(model, ["resnet_cbam2"])
-    own = (None, "cbam2")
-    return [v for v in VARIANTS.values() if (compiled or not v.compiled) and (has_slot or v.attention in own)]
+    chosen = [v for v in VARIANTS.values() if has_slot or v.attention in (None, "cbam2")]
+    return [v for v in chosen if (compiled or not v.compiled) and (kernel or not v.kernel)]
 
 
 def build(setup: Setup, variant: Variant) -> nn.Module:
@@ -124,16 +135,17 @@ def make_step(setup: Setup, variant: Variant, network: nn.Module, training: bool
 
     def inference() -> Tensor:
         network.eval()
-        with torch.no_grad(), autocast():
+        with torch.no_grad(), autocast(), cpu_kernel(variant.kernel):
             return forward(images)
 
     def train() -> Tensor:
         network.train()
         network.zero_grad(set_to_none=True)
-        with autocast():
-            logits = forward(images)
-            loss = F.cross_entropy(logits, labels)
-        loss.backward()
+        with cpu_kernel(variant.kernel):
+            with autocast():
+                logits = forward(images)
+                loss = F.cross_entropy(logits, labels)
+            loss.backward()
         return logits.detach()
 
     return train if training else inference

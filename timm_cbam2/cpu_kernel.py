@@ -10,13 +10,15 @@ import hashlib
 import logging
 import os
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
-from .passes_cbam2 import use_kernel
+from . import passes_cbam2
 
-__all__ = ["disable_cpu_kernel", "enable_cpu_kernel"]
+__all__ = ["cpu_kernel", "disable_cpu_kernel", "enable_cpu_kernel"]
 
 SOURCE = Path(__file__).parent / "csrc" / "cbam2_cpu.cpp"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -44,12 +46,23 @@ def enable_cpu_kernel() -> None:
             torch.ops.load_library(library)
         else:
             _build(library, flags)
-    use_kernel(torch.ops.timm_cbam2_cpu)
+    passes_cbam2.use_kernel(torch.ops.timm_cbam2_cpu)
 
 
 def disable_cpu_kernel() -> None:
     """Go back to torch's own operations in this process."""
-    use_kernel(None)
+    passes_cbam2.use_kernel(None)
+
+
+@contextmanager
+def cpu_kernel(wanted: bool = True) -> Iterator[None]:
+    """With the compiled kernel inside, or without; as it was before afterwards."""
+    before = passes_cbam2.kernel_in_use()
+    (enable_cpu_kernel if wanted else disable_cpu_kernel)()
+    try:
+        yield
+    finally:
+        (enable_cpu_kernel if before else disable_cpu_kernel)()
 
 
 def _build(library: Path, flags: list[str]) -> None:

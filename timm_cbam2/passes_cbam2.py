@@ -15,7 +15,7 @@ import torch
 
 from .parts_cbam2 import compute_dtype
 
-__all__ = ["KernelPasses", "TorchPasses", "passes_for", "use_kernel"]
+__all__ = ["KernelPasses", "TorchPasses", "kernel_in_use", "passes_for", "use_kernel"]
 
 CHUNK_BYTES = 2**22  # of one full-size tensor: a few of them fit the cache that a CPU's cores share
 
@@ -26,6 +26,10 @@ def use_kernel(operations: Any) -> None:
     """Let these compiled operations do the passes on CPUs; None for torch alone."""
     global _kernel
     _kernel = operations
+
+
+def kernel_in_use() -> bool:
+    return _kernel is not None
 
 
 def passes_for(x: torch.Tensor) -> Any:
