@@ -9,11 +9,13 @@ import timm
 import torch
 from PIL import Image
 from randomise import randomise
+from timm.utils import reparameterize_model
 
 from timm_cbam2 import CbamAttention, record_attention
 from timm_cbam2.attention_picture import LOWERS, NEUTRAL, RAISES, draw, overlay, reach_of
 from timm_cbam2.data import build_transform, data_config, read_image
 from timm_cbam2.explain import BlockView, Explainer
+from timm_cbam2.health import measure
 
 
 @pytest.fixture(scope="module")
@@ -133,3 +135,28 @@ def test_mistakes_are_one_line(refused, small_run, truncate, tmp_path):
     refused("explain", folder, tmp_path, words=["holds no images"])
     refused("explain", folder, truncate(tmp_path / "half.jpg"), words=["half.jpg", "cannot read"])
     refused("explain", "resnet2O_cbam2", tmp_path / "half.jpg", words=["resnet20_cbam2"])
+
+
+@pytest.mark.parametrize("options", [{}, dict(kernel_sizes=(1, 4), dilated=(5, 2)), dict(dilated=None, coords=False)])
+def test_a_reparameterized_model_is_explained_like_its_original(options, images, tmp_path):
+    """Its branches are one convolution by then, and are told apart by their taps."""
+    model = randomise(timm.create_model("test_resnet_cbam2", cbam2=options)).eval()
+    image = images / "digit0" / "000.png"
+    original, merged = (Explainer("m", 64, m)(image) for m in (model, reparameterize_model(model)))
+    for one, other in zip(original.blocks, merged.blocks, strict=True):
+        assert one.branches == other.branches and len(one.branches) == one.attention.router_weights.shape[1]
+        assert len(set(one.branches)) == len(one.branches)
+    for key, value in original.arrays().items():
+        if value.dtype.kind == "f":
+            assert np.allclose(merged.arrays()[key], value, rtol=1e-3, atol=1e-4), key
+    draw([merged], tmp_path / "merged.png", "merged")
+    assert (tmp_path / "merged.png").stat().st_size > 10_000
+
+
+def test_a_fresh_reparameterized_model_has_numbered_branches(images, tmp_path):
+    """Its kernels are all zeros, so that their sizes cannot be told."""
+    merged = reparameterize_model(timm.create_model("test_resnet_cbam2")).eval()
+    explanation = Explainer("m", 64, merged)(images / "digit0" / "000.png")
+    assert all(block.branches == ("branch 1", "branch 2", "branch 3", "branch 4") for block in explanation.blocks)
+    draw([explanation], tmp_path / "fresh.png", "fresh")
+    assert len(measure(merged, torch.randn(2, 3, 64, 64))["blocks"]) == len(explanation.blocks)

@@ -1,21 +1,25 @@
-"""Write a model for other runtimes: ONNX or torch.export, any batch and image size, checked before it says done."""
+"""Write a model for other runtimes: ONNX, torch.export, TorchScript; any batch and image size, checked before done."""
 
 from __future__ import annotations
 
+import io
 import os
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Callable
+from typing import Annotated, Any, Callable, Iterator
 
 import torch
 import typer
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.jit.frontend import FrontendError
 
 from .data import data_config
-from .errors import UserError, require, run_commands
+from .errors import UserError, one_line, require, run_commands
 from .zoo import load, pretrained_tags, resolve
 
-__all__ = ["export", "export_onnx", "export_pt2"]
+__all__ = ["export", "export_onnx", "export_pt2", "export_torchscript"]
 
 TOLERANCE = 1e-4
 
@@ -24,10 +28,20 @@ def _ready(model: nn.Module) -> nn.Module:
     return reparameterize_model(model).eval().requires_grad_(False).cpu().float()
 
 
+@contextmanager
+def _refusals(what: str) -> Iterator[None]:
+    """What torch has to say against an export, in one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, FrontendError) as error:
+        raise UserError(f"{what}: {one_line(error, 300)}") from error
+
+
 def _program(model: nn.Module, size: tuple[int, int, int]) -> torch.export.ExportedProgram:
     channels, height, width = size
     dynamic = {name: torch.export.Dim.DYNAMIC for name in (0, 2, 3)}
-    return torch.export.export(model, (torch.randn(2, channels, height, width),), dynamic_shapes=(dynamic,))
+    with _refusals(f"torch.export cannot trace this model with images of {height}x{width}, try another --img-size"):
+        return torch.export.export(model, (torch.randn(2, channels, height, width),), dynamic_shapes=(dynamic,))
 
 
 def _samples(size: tuple[int, int, int]) -> list[Tensor]:
@@ -44,17 +58,20 @@ def _write(
     """Save beside `path`, compare what was saved with the model, and only then give it its name."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    try:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             save(temporary)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
         run = reopen(temporary)
         worst = 0.0
         for images in _samples(size):
-            with torch.no_grad():
+            with torch.no_grad(), _refusals(f"{path} was not written: images of shape {tuple(images.shape)} fail"):
                 expected = model(images)
-            got = run(images)
+                got = run(images)
             difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
             if not difference <= tolerance * max(1.0, expected.abs().max().item()):
                 raise UserError(
@@ -83,15 +100,18 @@ def export_onnx(
         The largest difference seen.
 
     Raises:
-        UserError: onnx, onnxscript or onnxruntime is missing, the file cannot be written, or computes something else.
+        UserError: onnx, onnxscript or onnxruntime is missing, torch cannot export the model or trace it with this size,
+            the file cannot be written, or computes something else.
     """
     require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     model = _ready(model)
 
     def save(file: Path) -> None:
-        program = torch.onnx.export(
-            _program(model, size), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
-        )
+        program = _program(model, size)
+        with _refusals("torch.onnx cannot convert this model"):
+            program = torch.onnx.export(
+                program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False
+            )
         program.save(file)
 
     def reopen(file: Path) -> Callable[[Tensor], Tensor]:
@@ -111,9 +131,36 @@ def export_pt2(
     model = _ready(model)
 
     def save(file: Path) -> None:
-        torch.export.save(_program(model, size), file)
+        buffer = io.BytesIO()  # torch would say in its own words that a file cannot be written
+        torch.export.save(_program(model, size), buffer)
+        file.write_bytes(buffer.getbuffer())
 
     return _write(Path(path), model, size, save, lambda file: torch.export.load(file).module(), tolerance)
+
+
+def export_torchscript(
+    model: nn.Module, path: str | os.PathLike[str], size: tuple[int, int, int], tolerance: float = TOLERANCE
+) -> float:
+    """Write `model` as TorchScript, scripted and so free in batch and size; arguments and result as for `export_onnx`.
+
+    Raises:
+        UserError: torch cannot script the model, the file cannot be written, or computes something else.
+    """
+    model = _ready(model)
+
+    def save(file: Path) -> None:
+        buffer = io.BytesIO()
+        with _refusals("torch.jit cannot script this model"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)  # asked for all the same
+            torch.jit.save(torch.jit.script(model), buffer)
+        file.write_bytes(buffer.getbuffer())
+
+    def reopen(file: Path) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning)
+            return torch.jit.load(file)
+
+    return _write(Path(path), model, size, save, reopen, tolerance)
 
 
 def export(
@@ -122,6 +169,7 @@ def export(
     torch_export: Annotated[
         bool, typer.Option("--torch-export", help="Write MODEL.pt2, for torch.export.load.")
     ] = False,
+    torchscript: Annotated[bool, typer.Option("--torchscript", help="Write MODEL.pt, for torch.jit.load.")] = False,
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
     img_size: Annotated[int | None, typer.Option(min=32, help="Side in pixels to trace with; others work too.")] = None,
     pretrained: Annotated[bool, typer.Option(help="With its weights; --no-pretrained for random ones.")] = True,
@@ -129,10 +177,11 @@ def export(
     """Export a model, with free batch and image size; it is compared with the original before it is called done.
 
     Raises:
-        UserError: no format asked for, no such model, a missing package, or an export that computes something else.
+        UserError: no format asked for, no such model, a missing package, a model or an image size that torch cannot
+            export, or an export that computes something else.
     """
-    if not (onnx or torch_export):
-        raise UserError("say what to write: --onnx, --torch-export or both")
+    if not (onnx or torch_export or torchscript):
+        raise UserError("say what to write: --onnx, --torch-export, --torchscript, or several of them")
     if onnx:
         require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     resolved = resolve(model)
@@ -143,7 +192,12 @@ def export(
     size = tuple(config["input_size"])
     name = Path(model.rstrip("/")).name.replace(":", "-")
     done = {}
-    for wanted, suffix, write in ((torch_export, ".pt2", export_pt2), (onnx, ".onnx", export_onnx)):
+    formats = (
+        (torchscript, ".pt", export_torchscript),
+        (torch_export, ".pt2", export_pt2),
+        (onnx, ".onnx", export_onnx),
+    )
+    for wanted, suffix, write in formats:
         if wanted:
             path = output / f"{name}{suffix}"
             done[str(path)] = write(network, path, size)

@@ -46,12 +46,27 @@ def measure(network: nn.Module, images: Tensor) -> dict[str, Any] | None:
 
 
 def branch_names(block: nn.Module) -> list[str]:
-    """What each router weight is for, such as "5x5"."""
-    names = []
-    for branch in block.spatial.branches:
-        side = branch.dw.kernel_size[0]
-        names.append(f"{side}x{side}" + (f" dilated {branch.dilation}" if branch.dilation > 1 else ""))
-    return names
+    """What each router weight is for, such as "5x5".
+
+    A reparameterized block has one stored convolution in place of its branches: there they are told by which taps of
+    their kernel are not zero, and one whose kernel is all zeros is "branch 2", say.
+    """
+    merged = getattr(block.spatial, "conv", None)
+    if merged is not None:
+        return [_kernel_name(kernel, f"branch {i}") for i, kernel in enumerate(merged.weight.detach(), 1)]
+    return [_branch_name(branch.dw.kernel_size[0], branch.dilation) for branch in block.spatial.branches]
+
+
+def _branch_name(side: int, dilation: int) -> str:
+    return f"{side}x{side}" + (f" dilated {dilation}" if dilation > 1 else "")
+
+
+def _kernel_name(kernel: Tensor, otherwise: str) -> str:
+    """The name of the branch that a kernel (S, f, f) was, padded and with zeros between dilated taps."""
+    rows = kernel.any(0).any(1).nonzero().flatten().tolist()
+    if not rows:
+        return otherwise
+    return _branch_name(len(rows), rows[1] - rows[0] if len(rows) > 1 else 1)
 
 
 def _block(block: nn.Module, seen: CbamAttention) -> dict[str, Any]:

@@ -1,0 +1,226 @@
+"""Compiled, recorded or repeated, the block and its networks compute the same: one graph, no sync, no chance.
+
+Elsewhere: gradient checkpointing (test_fused.py, test_models.py), autocast and determinism of the block alone
+(test_fused.py), two processes bit for bit (test_resume.py), `torch.export` and ONNX (test_export.py).
+"""
+
+import copy
+import shutil
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from randomise import randomise
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from timm_cbam2 import Cbam2
+
+NETWORKS = ["test_resnet_cbam2", "test_convnext_cbam2"]
+# The first has no two equal sides: sides that are equal when it compiles are taken to be equal always.
+SHAPES = [(2, 64, 96), (3, 128, 64), (5, 96, 96)]
+
+
+class Block(torch.nn.Module):
+    """The block alone, between two things that have parameters, for images of 3 channels."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.stem, self.attention = torch.nn.Conv2d(3, 8, 1), Cbam2(8, gate="unit_sigmoid", **options)
+
+    def forward(self, x):
+        return self.attention(self.stem(x)).mean((2, 3))
+
+
+def make(name, **kwargs):
+    model = Block(**kwargs) if name == "block" else timm.create_model(name, **kwargs)
+    return randomise(model).to(memory_format=torch.channels_last)
+
+
+def images(batch, height, width):
+    x = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+    return x.to(memory_format=torch.channels_last)
+
+
+def step(model, x, forward=None):
+    """Logits and all gradients of a training step."""
+    model.zero_grad()
+    out = (model if forward is None else forward)(x)  # a compiled module asks for a length to say whether it is one
+    F.cross_entropy(out, torch.arange(len(x)) % out.shape[1]).backward()
+    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+def assert_close(one, other):
+    for a, b in zip(one, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * max(1.0, b.abs().max().item()))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("name", ["block", *NETWORKS])
+def test_one_graph_for_every_batch_and_size(name, training):
+    model = make(name).train(training)
+    eager = copy.deepcopy(model)
+    # For the block down to the operators of forward and backward; for networks, where that takes a minute, the graph.
+    backend = CompileCounterWithBackend("aot_eager" if name == "block" else "eager")
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+    for number, shape in enumerate(SHAPES):
+        x = images(*shape)
+        if training:
+            assert_close(step(model, x, compiled), step(eager, x))
+        else:
+            with torch.no_grad():
+                assert_close([compiled(x)], [eager(x)])
+        if number == 0:
+            first = backend.frame_count
+    assert backend.frame_count == first > 0  # no recompilation; and a graph break is an error with fullgraph
+
+
+def test_only_what_is_marked_dynamic_varies():
+    """As a server does that marks the batch alone; everything else is fixed."""
+    model = make("test_resnet_cbam2").eval()
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for batch, side, graphs in ((2, 64, 1), (5, 64, 1), (3, 64, 1), (2, 96, 2)):
+        x = images(batch, side, side)
+        torch._dynamo.mark_dynamic(x, 0)
+        with torch.no_grad():
+            assert_close([compiled(x)], [model(x)])
+        assert backend.frame_count == graphs
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_inductor(training):
+    """Inference of any batch and size, training of any batch: torch 2.14's inductor cannot order the strides of what a
+    backward keeps (`cannot determine truth value of Relational`) when height and width are free too."""
+    block = randomise(Cbam2(8, gate="unit_sigmoid", router_pool="moments"))
+    eager = copy.deepcopy(block)
+    compiled = torch.compile(block, fullgraph=True, dynamic=None if training else True)
+    for shape in ((2, 8, 9, 12), (3, 8, 9, 12) if training else (3, 8, 16, 7)):
+        x = torch.randn(shape).to(memory_format=torch.channels_last)
+        if not training:
+            with torch.no_grad():
+                assert_close([compiled(x)], [eager(x)])
+            continue
+        results = []
+        for module, forward in ((block, compiled), (eager, eager)):
+            leaf = x.clone().requires_grad_()
+            torch._dynamo.mark_dynamic(leaf, 0)
+            out = forward(leaf)
+            results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()])])
+        assert_close(*results)
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on whatever a stream of GPU work, or a CUDA graph of it, could not hold.
+
+    The tensors are on the meta device, whose path through the code is that of a GPU: no values, so nothing can wait for
+    one, and no memory.
+    """
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        data_dependent = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*function.tags}
+        if function is torch.ops.aten.index.Tensor and not any(t.dtype == torch.bool for t in tree_leaves(args[1])):
+            data_dependent = {}  # it is so for masks only
+        assert not data_dependent, f"{function} waits for values of the device"
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor):
+                assert tensor.device.type == "meta", f"{function} has a tensor on the {tensor.device.type}"
+        return out
+
+
+def on_meta(model, dtype):
+    model = model.to("meta").train()
+    x = torch.empty(2, 3, 64, 64, device="meta").to(memory_format=torch.channels_last)
+    target = torch.empty(2, dtype=torch.long, device="meta")
+    for training in (True, False):
+        model.train(training)
+        with NoSync(), torch.set_grad_enabled(training), torch.autocast("cpu", dtype, enabled=dtype is not None):
+            out = model(x)
+            if training:
+                F.cross_entropy(out.float(), target).backward()
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in model.parameters())
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["branches", "merged"])
+@pytest.mark.parametrize("options", [{}, dict(router_pool="moments"), dict(fusion="static"), dict(fusion="sum")])
+def test_forward_and_backward_never_wait_for_the_device(options, merged):
+    block = make("block", **options, learnable_temperature=not merged)
+    if merged:
+        block.attention.spatial.reparameterize()
+    on_meta(block, None)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_never_wait_for_the_device(name):
+    on_meta(make(name), None)
+
+
+class Waits(Block):
+    def forward(self, x):
+        return super().forward(x) / x.amax().item()
+
+
+class FromTheCpu(Block):
+    def forward(self, x):
+        return super().forward(x) * torch.tensor(2.0)
+
+
+class Selects(Block):
+    def forward(self, x):
+        out = super().forward(x)
+        return out + out[out > 0].sum()
+
+
+@pytest.mark.parametrize("kind", [Waits, FromTheCpu, Selects])
+def test_what_waits_would_be_seen(kind):
+    with pytest.raises((AssertionError, RuntimeError), match="waits for values|has a tensor on the cpu|meta tensors"):
+        on_meta(kind(), None)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_deterministic_algorithms_and_the_same_bits_from_the_same_seed(name):
+    def run(seed):
+        torch.manual_seed(seed)
+        model = timm.create_model(name, drop_rate=0.2, drop_path_rate=0.2).train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        for shape in SHAPES[:2]:
+            last = step(model, images(*shape))
+            optimizer.step()
+        return [*last, *model.state_dict().values()]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        one, other, different = run(1), run(1), run(2)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(one[0], different[0])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_autocast_of_a_network_is_that_of_its_plain_path(name):
+    """The block's own code against autograd's, both in a network under bf16."""
+    lean, plain = make(name).train(), make(name).train()
+    for block in plain.modules():
+        if isinstance(block, Cbam2):
+            forward = block.forward
+            block.forward = lambda x, forward=forward: forward(x, return_attention=True)[0]
+    results = []
+    for model in (lean, plain):
+        with torch.autocast("cpu", torch.bfloat16):
+            results.append(step(model, images(4, 64, 64), lambda x, model=model: model(x).float()))
+    exact = step(make(name).train(), images(4, 64, 64))
+    for one, other, reference in zip(*results, exact, strict=True):
+        assert one.dtype == torch.float32 and one.isfinite().all()
+        # bf16 has 8 bits: both are away from fp32, and no farther from each other than that.
+        scale = reference.norm() + 1e-6
+        assert (one - other).norm() <= 0.1 * scale + (other - reference).norm()
