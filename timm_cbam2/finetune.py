@@ -69,6 +69,7 @@ def finetune(
     augment: Annotated[str, _option(AUG, "none, light (no mirroring), mild, standard (timm's), or auto.")] = "auto",
     auto_augment: Annotated[str | None, _option(AUG, "timm's, such as rand-m9-mstd0.5-inc1.")] = None,
     random_erasing: Annotated[float, _option(AUG, "Probability of erasing a part.", min=0.0, max=1.0)] = 0.0,
+    aug_repeats: Annotated[int, _option(AUG, "Times in a row that an image occurs, augmented anew.", min=1)] = 1,
     mixup: Annotated[float, _option(AUG, "Mixup's alpha.", min=0.0)] = 0.0,
     cutmix: Annotated[float, _option(AUG, "CutMix's alpha.", min=0.0)] = 0.0,
     img_size: Annotated[int | None, _option(DATA, "Side in pixels, in place of the model's own.")] = None,
@@ -140,6 +141,10 @@ def finetune(
     require("matplotlib")
     _check_trackers(tracker_names(track))
     resolve(model)
+    if push_to is not None and os.environ.get("RANK", "0") == "0":  # other machines push nothing and need no token
+        from .push import check_push
+
+        check_push(push_to)
     if num_processes is not None and num_processes > 1 and not is_launched():
         code = launch(num_processes, cpu)
         if code:

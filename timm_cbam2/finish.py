@@ -1,4 +1,4 @@
-"""What a run leaves: pictures, model cards, a summary for a person, and the model on the Hub if asked for."""
+"""What a run leaves: pictures, model cards, a summary for a person, and the best model on the Hub if asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .card import write_card
 from .errors import UserError, one_line
 from .report import confusion_picture, curves_picture, duration
 
-__all__ = ["draw_curves", "finish", "summary"]
+__all__ = ["draw_curves", "finish", "push_best", "summary"]
 
 SHOWN = 12  # rows of the summary table
 
@@ -66,8 +66,6 @@ def finish(
     run = shlex.quote(str(folder))
     print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
     print(f'  timm.create_model("local-dir:{folder / "best"}", pretrained=True)')
-    if settings["push_to"]:
-        _push(folder, settings["push_to"])
 
 
 def _report(folder: Path, confusion: Tensor | None) -> None:
@@ -79,7 +77,12 @@ def _report(folder: Path, confusion: Tensor | None) -> None:
         print(f"  no report: {one_line(error)}")
 
 
-def _push(folder: Path, repo_id: str) -> None:
+def push_best(folder: Path, repo_id: str) -> None:
+    """Upload the best model of a run that is complete.
+
+    Raises:
+        UserError: it cannot be uploaded; says how to try again.
+    """
     from .push import push
 
     try:

@@ -107,6 +107,8 @@ def check_options(settings: dict[str, Any]) -> None:
         for option in ("auto_augment", "random_erasing", "streaming"):
             if settings[option]:
                 raise UserError(f"--cache-images crops and mirrors only: it does not go with {_flag(option)}")
+    if settings["streaming"] and settings["aug_repeats"] > 1:
+        raise UserError("--aug-repeats needs to know the images by number: it does not go with --streaming")
     if settings["resume"] == "auto" and settings["output"] is None:
         raise UserError("--resume auto needs to know the run: give its folder with --output, or as --resume FOLDER")
 
