@@ -1,13 +1,14 @@
-"""What the loop itself costs: images/s of `finetune` beside a bare PyTorch loop: `python tests/loop_cost.py`.
+"""What the loop itself costs, and what training the attention alone saves: `python tests/loop_cost.py`.
 
-Both run in this process, in turns and in changing order, an epoch each, on the same images, model, optimizer, number of
-steps, threads and workers; after a first turn that does not count. The bare loop logs, watches and saves nothing.
+images/s of `finetune` beside a bare PyTorch loop, then of `--train attention+head` beside `--train all`. The two run in
+this process, in turns and in changing order, an epoch each, on the same images, model, optimizer, number of steps,
+threads and workers; after a first turn that does not count. The bare loop logs, watches and saves nothing.
 """
 
 import contextlib
 import io
+import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ import timm_cbam2  # noqa: F401
 from timm_cbam2.data import ImageDataset, data_config, find_images, make_loader
 from timm_cbam2.finetune import finetune
 
-ROUNDS = 8
+ROUNDS, PART = 6, "attention+head"
 CASES = (  # model, side in pixels, batch size, workers; without workers the digits, else files
     ("resnet20_cbam2", 32, 64, 0),
     ("resnet18_cbam2", 64, 32, 1),
@@ -57,28 +58,44 @@ def bare(data, model, side, batch_size, workers):
     return count / (time.monotonic() - began)
 
 
-def ours(data, model, side, batch_size, workers):
-    """The same number, as a run reports it."""
+def run(data, model, side, batch_size, workers, train="all"):
+    """The same number, as a run reports it; and its trainable parameters."""
     options = dict(pretrained=False, epochs=1, img_size=side, batch_size=batch_size, workers=workers, lr=1e-3)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        return finetune(data=data, model=model, output=Path(folder) / "run", **options)["images_per_second"]
+    with tempfile.TemporaryDirectory() as base, contextlib.redirect_stdout(io.StringIO()):
+        folder = Path(base) / "run"
+        speed = finetune(data=data, model=model, output=folder, train=train, **options)["images_per_second"]
+        return speed, json.loads((folder / "run.json").read_text())["trainable_parameters"]
+
+
+def in_turns(one, other):
+    """Medians of the two functions' images/s, and the shares of the second in the first, turn by turn, sorted."""
+    pairs = []
+    for turn in range(ROUNDS + 1):
+        found = {function: function() for function in ((one, other), (other, one))[turn % 2]}
+        pairs.append((found[one], found[other]))
+    pairs = pairs[1:]
+    return *(statistics.median(column) for column in zip(*pairs)), sorted(100 * b / a for a, b in pairs)
 
 
 def main():
     with tempfile.TemporaryDirectory() as base:
         files = write_images(Path(base))
-        for case in CASES[int(sys.argv[1]) :][:1] if len(sys.argv) > 1 else CASES:
-            data = files if case[3] else "digits"
-            bare(data, *case), ours(data, *case)
-            pairs = []
-            for turn in range(ROUNDS):
-                found = {loop: loop(data, *case) for loop in ((bare, ours), (ours, bare))[turn % 2]}
-                pairs.append((found[bare], found[ours]))
-            shares = sorted(100 * other / one for one, other in pairs)
-            one, other = (statistics.median(column) for column in zip(*pairs))
-            name = f"{case[0]}, {case[1]} pixels, batch {case[2]}, {case[3]} workers, {torch.get_num_threads()} threads"
-            print(f"{name}: bare {one:.1f} images/s, finetune {other:.1f}", end="; ")
-            print(f"median share {statistics.median(shares):.1f} % ({shares[0]:.1f} to {shares[-1]:.1f})", flush=True)
+        for model, side, batch_size, workers in CASES:
+            case = (files if workers else "digits", model, side, batch_size, workers)
+            print(f"{model}, {side} pixels, batch {batch_size}, {workers} workers, {torch.get_num_threads()} threads:")
+            one, other, shares = in_turns(lambda case=case: bare(*case), lambda case=case: run(*case)[0])
+            print(
+                f"  bare loop {one:.1f} images/s, finetune {other:.1f}: {statistics.median(shares):.1f} % "
+                f"({shares[0]:.1f} to {shares[-1]:.1f})",
+                flush=True,
+            )
+            one, other, shares = in_turns(lambda case=case: run(*case)[0], lambda case=case: run(*case, PART)[0])
+            trained, everything = run(*case, PART)[1], run(*case)[1]
+            print(
+                f"  --train all {one:.1f} images/s, --train {PART} {other:.1f}: {statistics.median(shares):.1f} % "
+                f"({shares[0]:.1f} to {shares[-1]:.1f}); trains {trained:,} of {everything:,} parameters",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

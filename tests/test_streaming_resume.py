@@ -98,14 +98,14 @@ def rows(folder):
 @pytest.mark.parametrize("processes, workers", [(1, 1), (2, 0)])
 def test_killed_in_the_middle_of_an_epoch(start, start_group, refused, write_shards, tmp_path, processes, workers):
     """The metrics and the weights at the end are those of a run that nothing interrupted."""
-    data = write_shards(train=[60, 60], validation=[9])
+    data = write_shards(train=[26, 26], validation=[5])
     args = ("finetune", "--data", data, *ARGS, "--batch-size", "4", "--workers", workers, "--epochs", "2")
     args += ("--model-kwargs", "drop_path_rate=0.2", "--augment", "standard", "--resume", "auto")
     for result in [p.wait() for p in launched(start, start_group, processes, *args, "--output", tmp_path / "whole")]:
         assert result.code == 0, result
     folder = tmp_path / "run"
     running = launched(start, start_group, processes, *args, "--output", folder)
-    while not (saved := sorted((folder / "checkpoints").glob("step-*"))) or int(saved[-1].name[5:]) < 6:
+    while not (saved := sorted((folder / "checkpoints").glob("step-*"))) or int(saved[-1].name[5:]) < 3:
         assert all(p.alive for p in running), [p.wait() for p in running]
         time.sleep(0.002)
     running[-1].kill()
@@ -125,7 +125,7 @@ def test_killed_in_the_middle_of_an_epoch(start, start_group, refused, write_sha
 @pytest.mark.parametrize("processes", [1, 2])
 def test_told_to_stop_while_it_measures(start, start_group, write_shards, tmp_path, processes):
     """It does not wait for the end of a long validation: exit code 75, everything saved, nothing measured yet."""
-    data, folder = write_shards(train=[8], validation=[200, 201]), tmp_path / "run"
+    data, folder = write_shards(train=[8], validation=[60, 61]), tmp_path / "run"
     args = ("finetune", "--data", data, *ARGS, "--batch-size", "2", "--workers", "0", "--epochs", "1")
     running = launched(start, start_group, processes, *args, "--output", folder, "--resume", "auto")
     steps = 4 // processes
@@ -138,7 +138,7 @@ def test_told_to_stop_while_it_measures(start, start_group, write_shards, tmp_pa
     assert not (folder / "metrics.jsonl").exists()
     running = launched(start, start_group, processes, *args, "--output", folder, "--resume", "auto")
     assert {p.wait().code for p in running} == {0}
-    assert [(row["step"], row["val_images"]) for row in rows(folder)] == [(steps, 401)]
+    assert [(row["step"], row["val_images"]) for row in rows(folder)] == [(steps, 121)]
 
 
 def test_a_share_too_small_for_a_batch(refused, write_shards, tmp_path):

@@ -172,6 +172,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
     from timm.utils import ModelEmaV3
 
     from . import prepare
+    from .finish import share_trained
     from .loop import Run
     from .optimise import freeze, make_optimizer, make_schedule
 
@@ -222,6 +223,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
         images=images,
         config=val_config,
         info=info,
+        trained=(trainable, parameters),
         blueprint=blueprint,
     )
     updates = -(-run.batches // settings["accumulate"])
@@ -254,7 +256,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
         accelerator.print(f"recipe {settings['recipe']}: {resolved_text(settings, finetune)}")
     start = "trained" if pretrained else "random"
     side = "x".join(str(n) for n in config["input_size"][1:])
-    part = f" ({100 * trainable / parameters:.1f} % trained: {settings['train']})" if trainable < parameters else ""
+    part = f" ({share_trained(settings['train'], trainable, parameters)})" if trainable < parameters else ""
     accelerator.print(
         f"{settings['model']}: {parameters / 1e6:.2f} M parameters{part}, {start} weights; "
         f"{images.name}: {len(parts['train'])} images to train on, {len(parts['val'])} to validate, "

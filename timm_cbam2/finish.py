@@ -32,6 +32,7 @@ def finish(
     classes: Sequence[str],
     data: tuple[str, int],
     seconds: float,
+    trained: tuple[int, int],
 ) -> None:
     """Write all that comes at the end, and say where it is. Main process only; may be repeated.
 
@@ -44,6 +45,7 @@ def finish(
         classes: their names.
         data: name of the data, and number of training images.
         seconds: that this call took.
+        trained: numbers of parameters, those that were trained and all.
     """
     draw_curves(folder, settings, rows, *data)
     if confusion is not None:
@@ -54,6 +56,8 @@ def finish(
     for name in ("best", "last"):
         write_card(folder / name)
     print(summary(rows, best))
+    if settings["train"] != "all":
+        print(f"\n{share_trained(settings['train'], *trained)}; {rows[-1]['images_per_second']:.0f} images/s")
     print(
         f"\ndone in {duration(seconds)}: best validation accuracy {100 * best['val_accuracy']:.2f} % "
         f"after epoch {best['epoch']} of {rows[-1]['epoch']}"
@@ -90,6 +94,11 @@ def push_best(folder: Path, repo_id: str) -> None:
     except UserError as error:
         again = f"timm-cbam2 push {shlex.quote(str(folder))} {repo_id}"
         raise UserError(f"the run is complete, but --push-to failed: {error}; try again with: {again}") from error
+
+
+def share_trained(train: str, trainable: int, parameters: int) -> str:
+    """What of a model is trained, for a person."""
+    return f"{train}: {trainable:,} of {parameters:,} parameters trained, {100 * trainable / parameters:.1f} %"
 
 
 def summary(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:

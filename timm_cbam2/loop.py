@@ -45,6 +45,7 @@ class Run:
     images: Images
     config: dict[str, Any]  # preprocessing of the finished model
     info: dict[str, Any]  # goes into checkpoint.json, to be compared on resuming
+    trained: tuple[int, int]  # numbers of parameters, those that are trained and all
     blueprint: nn.Module | None = None  # a whole copy to save, where the model is sharded
     at: Position = field(default_factory=Position)
 
@@ -163,6 +164,7 @@ class Run:
                     self.images.classes,
                     self._data(),
                     time.monotonic() - start,
+                    self.trained,
                 )
             accelerator.wait_for_everyone()
         if self.settings["track"]:

@@ -27,6 +27,13 @@ TRAIN = ("all", "attention", "attention+head", "head")
 PRECISIONS = ("no", "fp16", "bf16")
 PAIRS = ("model_kwargs", "cbam2", "opt_kwargs")  # options written KEY=VALUE, as often as need be
 DEFAULT_LR = {"scratch": 2e-3, "pretrained": 5e-4}  # for AdamW, the default optimizer
+RANGES = {  # what typer's own limits cannot say
+    "ema": ("at least 0 and less than 1, such as 0.999", lambda value: 0 <= value < 1),
+    "layer_decay": ("above 0 and up to 1, such as 0.75", lambda value: 0 < value <= 1),
+    "clip_grad": ("a number above 0, such as 1", lambda value: 0 < value < math.inf),
+    "weight_decay": ("a number from 0 on, such as 0.05", lambda value: 0 <= value < math.inf),
+    "bce_target_threshold": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
+}
 # Of one call, not of the training: a resumed run may have others.
 OF_THE_CALL = ("output", "resume", "recipe", "num_processes", "workers", "save_every", "keep", "track", "push_to")
 
@@ -96,6 +103,10 @@ def check_options(settings: dict[str, Any]) -> None:
         raise UserError(f"--lr {settings['lr']:g} is not a learning rate: give a number above 0, such as 1e-3")
     if settings["lr"] is None and settings["opt"] != "adamw":
         raise UserError(f"--opt {settings['opt']} has no default learning rate here: give one with --lr")
+    for option, (allowed, fits) in RANGES.items():
+        value = settings[option]
+        if value is not None and not fits(value):
+            raise UserError(f"{_flag(option)} {value:g} makes no sense: give {allowed}")
     save_interval(settings["save_every"])
     parse_val_split(settings["val_split"])
     mixing = settings["mixup"] > 0 or settings["cutmix"] > 0
