@@ -248,8 +248,8 @@ def load_place(loader: Any, saved: tuple[int, Any]) -> None:
     workers, state = saved
     if workers != loader.num_workers:
         raise UserError(
-            f"cannot resume: --workers was {workers} and is now {loader.num_workers}, and each worker has its own place "
-            f"in the stream: give --workers {workers}"
+            f"cannot resume: --workers was {workers} and is now {loader.num_workers}, and each has its own place in "
+            f"the stream: give --workers {workers}"
         )
     loader.load_state_dict(state)
 
