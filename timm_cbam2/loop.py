@@ -18,7 +18,7 @@ from .errors import Stopped
 from .evaluate import Predictions, predict_all
 from .finish import draw_curves, finish, push_best
 from .guards import LossWatch, StopSignal, bad_loss
-from .health import IMAGES, measure
+from .health import IMAGES, measure, tracked
 from .hub import save
 from .optimise import keep_frozen, make_loss
 from .report import MetricsFile, Progress
@@ -357,8 +357,7 @@ class Run:
             self.metrics.rows.append(row)
         at.rows = list(self.metrics.rows)
         if self.settings["track"]:
-            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-            self.accelerator.log(numbers, step=row["step"])
+            self.accelerator.log(tracked(row), step=row["step"])
         bad = sum(row["bad_images"].values())
         self.progress.say(
             f"epoch {row['epoch']:>3}/{self.settings['epochs']}  train loss {row['train_loss']:.3f} "
