@@ -1,5 +1,6 @@
 """Options whose effect is seen in what a run says and writes: early stopping, the cheap mode, senseless numbers."""
 
+import importlib.util
 import json
 
 import pytest
@@ -45,3 +46,8 @@ def test_attention_only_says_what_it_trains(run, small_run, quick, tmp_path):
 )
 def test_senseless_numbers(refused, option, value):
     refused("finetune", option, value, words=(f"{option} {value}", "such as"))
+
+
+def test_a_tracker_that_is_not_installed(refused):
+    missing = next(name for name in ("aim", "swanlab", "clearml", "comet_ml") if importlib.util.find_spec(name) is None)
+    refused("finetune", "--track", missing, words=(f"pip install {missing}",))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -349,7 +350,10 @@ def _check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(f"--track {name} is unknown; Accelerate has {', '.join(known)}")
-        require({"comet_ml": "comet_ml", "dvclive": "dvclive"}.get(name, name), extra="track")
+        if name in ("tensorboard", "trackio"):
+            require(name, extra="track")
+        elif importlib.util.find_spec(name) is None:
+            raise UserError(f"--track {name} needs its package: run  pip install {name}  and try again")
 
 
 def _default_output(model: str, images: Images) -> Path:
