@@ -104,7 +104,7 @@ class Run:
         if self.settings["streaming"]:
             from accelerate.utils import gather_object
 
-            at.streams = gather_object([place(self.train_loader) if at.batch else None])
+            at.streams = gather_object([place(self.train_loader) if 0 < at.batch < self.batches else None])
         info = {"step": at.updates, "epoch": at.epoch, "batch": at.batch, **self.info}
         try:
             return self.checkpoints.save(at.updates, info)
