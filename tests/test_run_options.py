@@ -2,11 +2,14 @@
 
 import importlib.util
 import json
+import math
 
 import pytest
 import timm
 
 import timm_cbam2  # noqa: F401
+from timm_cbam2.errors import UserError
+from timm_cbam2.finetune import finetune
 from timm_cbam2.optimise import freeze
 
 
@@ -40,12 +43,11 @@ def test_attention_only_says_what_it_trains(run, small_run, quick, tmp_path):
     )
 
 
-@pytest.mark.parametrize(
-    "option, value",
-    [("--ema", "1"), ("--layer-decay", "0"), ("--layer-decay", "7"), ("--clip-grad", "0"), ("--weight-decay", "inf")],
-)
-def test_senseless_numbers(refused, option, value):
-    refused("finetune", option, value, words=(f"{option} {value}", "such as"))
+def test_senseless_numbers(refused):
+    refused("finetune", "--ema", "1", words=("--ema 1 makes no sense", "0.999"))
+    for name, value in (("layer_decay", 0.0), ("layer_decay", 7.0), ("clip_grad", 0.0), ("weight_decay", math.inf)):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value:g} makes no sense: give"):
+            finetune(**{name: value})
 
 
 def test_a_tracker_that_is_not_installed(refused):
