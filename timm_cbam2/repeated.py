@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -40,7 +41,8 @@ class RepeatedSampler(Sampler[int]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        seed = int(np.random.SeedSequence((self.seed, self.epoch)).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(self.count, generator=generator)
         copies = torch.arange(self.repeats) * self.count
         indices = (order[:, None] + copies).flatten()[: self.count]  # image by image, its copies side by side

@@ -92,6 +92,9 @@ def check_options(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"{_flag(option)} {value} is unknown; " + (f"try {', '.join(near)}" if near else "see timm.optim")
             )
+    for option in ("data", "model"):
+        if not settings[option].strip():
+            raise UserError(f"{_flag(option)} is empty: give one, or leave it out")
     for option in PAIRS:
         settings[option] = parse_pairs(option, settings[option])
     if settings["cbam2"]:
