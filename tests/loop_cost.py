@@ -1,8 +1,8 @@
 """What the loop itself costs, and what training the attention alone saves: `python tests/loop_cost.py`.
 
-images/s of `finetune` beside a bare PyTorch loop, then of `--train attention+head` beside `--train all`. The two run in
-this process, in turns and in changing order, an epoch each, on the same images, model, optimizer, number of steps,
-threads and workers; after a first turn that does not count. The bare loop logs, watches and saves nothing.
+images/s of a bare PyTorch loop, of `finetune`, and of `finetune --train attention+head`. All run in this process, in
+turns and in changing order, an epoch each, on the same images, model, optimizer, number of steps, threads and workers;
+after a first turn that does not count. The bare loop logs, watches and saves nothing.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import timm_cbam2  # noqa: F401
 from timm_cbam2.data import ImageDataset, data_config, find_images, make_loader
 from timm_cbam2.finetune import finetune
 
-ROUNDS, PART = 6, "attention+head"
+ROUNDS, PART = 4, "attention+head"
 CASES = (  # model, side in pixels, batch size, workers; without workers the digits, else files
     ("resnet20_cbam2", 32, 64, 0),
     ("resnet18_cbam2", 64, 32, 1),
@@ -67,14 +68,20 @@ def run(data, model, side, batch_size, workers, train="all"):
         return speed, json.loads((folder / "run.json").read_text())["trainable_parameters"]
 
 
-def in_turns(one, other):
-    """Medians of the two functions' images/s, and the shares of the second in the first, turn by turn, sorted."""
-    pairs = []
+def in_turns(*functions):
+    """The results of each function, turn by turn, in an order that goes on by one each turn."""
+    turns = []
     for turn in range(ROUNDS + 1):
-        found = {function: function() for function in ((one, other), (other, one))[turn % 2]}
-        pairs.append((found[one], found[other]))
-    pairs = pairs[1:]
-    return *(statistics.median(column) for column in zip(*pairs)), sorted(100 * b / a for a, b in pairs)
+        order = [(turn + k) % len(functions) for k in range(len(functions))]
+        found = {k: functions[k]() for k in order}
+        turns.append([found[k] for k in range(len(functions))])
+    return list(zip(*turns[1:]))
+
+
+def share(one, other):
+    """The median of the turns' shares of one speed in another, and their range, in words."""
+    shares = sorted(100 * a / b for a, b in zip(one, other))
+    return f"{statistics.median(shares):.1f} % ({shares[0]:.1f} to {shares[-1]:.1f})"
 
 
 def main():
@@ -82,18 +89,16 @@ def main():
         files = write_images(Path(base))
         for model, side, batch_size, workers in CASES:
             case = (files if workers else "digits", model, side, batch_size, workers)
-            print(f"{model}, {side} pixels, batch {batch_size}, {workers} workers, {torch.get_num_threads()} threads:")
-            one, other, shares = in_turns(lambda case=case: bare(*case), lambda case=case: run(*case)[0])
+            functions = (bare, run, partial(run, train=PART))
+            loop, whole, part = in_turns(*(partial(function, *case) for function in functions))
+            trained = {number for _, number in whole}.pop(), {number for _, number in part}.pop()
+            whole, part = ([speed for speed, _ in column] for column in (whole, part))
+            speeds = [statistics.median(column) for column in (loop, whole, part)]
             print(
-                f"  bare loop {one:.1f} images/s, finetune {other:.1f}: {statistics.median(shares):.1f} % "
-                f"({shares[0]:.1f} to {shares[-1]:.1f})",
-                flush=True,
-            )
-            one, other, shares = in_turns(lambda case=case: run(*case)[0], lambda case=case: run(*case, PART)[0])
-            trained, everything = run(*case, PART)[1], run(*case)[1]
-            print(
-                f"  --train all {one:.1f} images/s, --train {PART} {other:.1f}: {statistics.median(shares):.1f} % "
-                f"({shares[0]:.1f} to {shares[-1]:.1f}); trains {trained:,} of {everything:,} parameters",
+                f"{model}, {side} pixels, batch {batch_size}, {workers} workers, {torch.get_num_threads()} threads:\n"
+                f"  bare loop {speeds[0]:.1f} images/s, finetune {speeds[1]:.1f}: {share(whole, loop)}\n"
+                f"  --train {PART} {speeds[2]:.1f}: {share(part, whole)} of --train all; "
+                f"trains {trained[1]:,} of {trained[0]:,} parameters",
                 flush=True,
             )
 

@@ -93,7 +93,7 @@ def check_options(settings: dict[str, Any]) -> None:
                 f"{_flag(option)} {value} is unknown; " + (f"try {', '.join(near)}" if near else "see timm.optim")
             )
     for option in ("data", "model"):
-        if not settings[option].strip():
+        if not str(settings[option]).strip():
             raise UserError(f"{_flag(option)} is empty: give one, or leave it out")
     for option in PAIRS:
         settings[option] = parse_pairs(option, settings[option])

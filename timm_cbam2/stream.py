@@ -45,6 +45,10 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
     require("datasets")
     import datasets
 
+    if data == "digits":
+        raise UserError(
+            "--streaming: the digits lie in memory; give --data a folder of parquet files or a Hub data set"
+        )
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     share, last = parse_val_split(val_split)
     path = Path(data).expanduser()
