@@ -90,7 +90,7 @@ def finetune(
         bool, _option(DATA, "Read as used: sets larger than the disk.", "--streaming/--no-streaming")
     ] = False,
     workers: Annotated[int | None, _option(DATA, "Processes that read images; none for digits.", min=0)] = None,
-    seed: Annotated[int, _option(OPTIM, "Of the weights, the order and the augmentation.", min=0)] = 0,
+    seed: Annotated[int, _option(OPTIM, "Of the weights, the order and the augmentation.", min=0, max=2**31 - 1)] = 0,
     recipe: Annotated[
         str | None,
         _option(
