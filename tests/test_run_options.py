@@ -48,6 +48,8 @@ def test_senseless_numbers(refused):
     for name, value in (("layer_decay", 0.0), ("layer_decay", 7.0), ("clip_grad", 0.0), ("weight_decay", math.inf)):
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value:g} makes no sense: give"):
             finetune(**{name: value})
+    with pytest.raises(UserError, match="--bce-target-threshold is a threshold of --bce"):
+        finetune(bce_target_threshold=0.2)
 
 
 def test_a_tracker_that_is_not_installed(refused):

@@ -110,6 +110,8 @@ def check_options(settings: dict[str, Any]) -> None:
         value = settings[option]
         if value is not None and not fits(value):
             raise UserError(f"{_flag(option)} {value:g} makes no sense: give {allowed}")
+    if settings["bce_target_threshold"] is not None and not settings["bce"]:
+        raise UserError("--bce-target-threshold is a threshold of --bce: give that too, or leave it out")
     save_interval(settings["save_every"])
     parse_val_split(settings["val_split"])
     mixing = settings["mixup"] > 0 or settings["cutmix"] > 0
