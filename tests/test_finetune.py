@@ -105,24 +105,6 @@ def test_ctrl_c(environment, run, write_folder, quick, tmp_path, workers):
     assert run("evaluate", tmp_path / "run").code == 0
 
 
-def test_accelerate_launch_two_processes(environment, write_folder, quick, tmp_path):
-    """Two real processes measure every image once and write one run folder."""
-    data = write_folder(tmp_path / "images", count=11)  # 27 to train on, 6 held out: nothing divides evenly
-    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
-    result = subprocess.run(
-        [sys.executable, *launch, "-m", "timm_cbam2.finetune", "--data", data, *quick, "--output", "run"],
-        cwd=tmp_path,
-        env={**environment, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
-    assert [row["val_images"] for row in rows(tmp_path / "run")] == [6, 6]
-    assert result.stdout.count("done in") == 1
-
-
 def test_optimizer_decays_no_norm_bias_or_temperature():
     from timm.optim import create_optimizer_v2
 

@@ -95,10 +95,11 @@ class CachedImages(ImageDataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A batch: normalised images (B, C, H, W), labels (B,), indices (B,)."""
-        chosen = self.stand_in[torch.as_tensor(indices)]
+        asked = torch.as_tensor(indices)
+        chosen = self.stand_in[asked % len(self)]
         images = self.pixels[chosen]
         if self.crops:
-            images = self._augment(images, chosen)
+            images = self._augment(images, chosen + asked // len(self) * len(self))
         return (images.float() / 255).sub_(self.mean).div_(self.std), self.targets[chosen], chosen
 
     @staticmethod

@@ -8,7 +8,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from .errors import UserError, one_line
+from .repeated import RepeatedSampler
 from .sources import Images, Samples, find_images
 
 __all__ = [
@@ -26,9 +27,11 @@ __all__ = [
     "build_transform",
     "data_config",
     "find_images",
+    "kept_quiet",
     "make_loader",
     "read_image",
     "seeded",
+    "start_worker",
 ]
 
 AUGMENT = {
@@ -126,7 +129,8 @@ def build_transform(config: dict[str, Any], augment: str | None = None, **more: 
 class ImageDataset(Dataset):
     """Map-style data set of (tensor (C, H, W), label, index).
 
-    The augmentation of an image is a function of (seed, epoch, index), whatever the number of workers or processes.
+    The augmentation of an image is a function of (seed, epoch, index), whatever the number of workers or processes; an
+    index beyond the end, `n * len(self) + index`, gives it once more with an augmentation of its own.
     With `skip_bad`, an unreadable image is marked in `bad`; when training the next readable one stands in for it,
     otherwise its label is -1, which every metric leaves out.
 
@@ -171,6 +175,7 @@ class ImageDataset(Dataset):
         return self.samples.name(index)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        copy, index = divmod(index, len(self))
         image = self._read(index)
         if image is None and not self.training:
             return torch.zeros(self.input_size), -1, index
@@ -183,7 +188,7 @@ class ImageDataset(Dataset):
             image = self._read(index)
         if not self.training:
             return self.transform(image), self.samples.labels[index], index
-        with seeded(self.seed, int(self.epoch), index):
+        with seeded(self.seed, int(self.epoch), index, *([copy] if copy else [])):
             return self.transform(image), self.samples.labels[index], index
 
     def _read(self, index: int) -> Image.Image | None:
@@ -246,7 +251,18 @@ def seeded(*words: int) -> Iterator[None]:
         torch.default_generator.set_state(states[2])
 
 
-def _start_worker(worker: int) -> None:
+def kept_quiet(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches; making them leaves this process's random generators as they were."""
+    with seeded():
+        iterator = iter(batches)
+        batch = next(iterator, None)
+    while batch is not None:
+        yield batch
+        with seeded():
+            batch = next(iterator, None)
+
+
+def start_worker(worker: int) -> None:
     """Signals reach every process of the terminal or job: the main one decides when to stop, workers just serve it.
 
     One thread each, as in DataLoader, and seeded by it.
@@ -256,21 +272,30 @@ def _start_worker(worker: int) -> None:
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, workers: int, *, shuffle: bool = False, seed: int = 0, processes: int = 1
+    dataset: Dataset,
+    batch_size: int,
+    workers: int,
+    *,
+    shuffle: bool = False,
+    seed: int = 0,
+    processes: int = 1,
+    repeats: int = 1,
 ) -> DataLoader:
     """Batches of (images (B, C, H, W), labels (B,), indices (B,)), in an order that depends on `seed` alone.
 
-    `batch_size` is that of each of `processes`.
+    `batch_size` is that of each of `processes`; with `repeats`, a shuffled image occurs so often in a row.
     """
+    sampler = RepeatedSampler(len(dataset), repeats, batch_size, processes, seed) if shuffle and repeats > 1 else None
     return DataLoader(
         dataset,
         batch_size=batch_size,
-        shuffle=shuffle,
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
         # BatchNorm cannot train on a last batch of one image; yet something must be left to train on.
         drop_last=shuffle and len(dataset) >= batch_size * processes,
         num_workers=workers,
         collate_fn=dataset.collate,
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=workers > 0,
         pin_memory=torch.cuda.is_available(),

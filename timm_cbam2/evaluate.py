@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Callable
+from typing import Annotated, Any, Callable, Iterator
 
 import torch
 import typer
@@ -44,13 +44,13 @@ def predict_all(
     """Run `model` over `loader` on every process; each image counts once, unreadable ones (label -1) not at all.
 
     The model is left in the mode it was in. A loader that Accelerate did not prepare holds this process's own images,
-    however many, and is run without a word to the other processes until the end.
+    however many.
 
     Args:
         accelerator: of the process.
         model: gives logits (B, K).
         loader: gives images, labels, indices.
-        stop: asked after each batch, on all processes alike, whether to leave; the result is then None.
+        stop: asked before each batch, on all processes alike, whether to leave; the result is then None.
 
     Raises:
         UserError: none of the images can be read.
@@ -60,7 +60,12 @@ def predict_all(
     run = model if prepared else accelerator.unwrap_model(model)
     model.eval()
     parts = []
-    for images, labels, _ in loader:
+    for batch in loader if prepared else _while_any(accelerator, loader):
+        if stop is not None and stop():
+            return None
+        if batch is None:
+            continue
+        images, labels, _ = batch
         images, labels = images.to(accelerator.device), labels.to(accelerator.device)
         with accelerator.autocast():
             logits = run(images).float()
@@ -68,9 +73,10 @@ def predict_all(
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
         found = (top, loss, labels)
         parts.append([t.cpu() for t in (accelerator.gather_for_metrics(found) if prepared else found)])
-        if stop is not None and prepared and stop():
-            return None
     model.train(training)
+    if not parts:  # this process's share of a stream is empty
+        top = torch.zeros(0, min(5, accelerator.unwrap_model(model).num_classes), dtype=torch.int64)
+        parts.append([top, torch.zeros(0), torch.zeros(0, dtype=torch.int64)])
     top, loss, labels = (torch.cat(column) for column in zip(*parts))
     if not prepared:
         on_device = [t.to(accelerator.device) for t in (top, loss, labels)]
@@ -80,6 +86,17 @@ def predict_all(
     if not seen.any():
         raise UserError("none of the images to measure on can be read")
     return Predictions(top[seen], loss[seen], labels[seen])
+
+
+def _while_any(accelerator: Any, loader: DataLoader) -> Iterator[Any]:
+    """Batches of this process's own loader, and None while only other processes still have some."""
+    batches = iter(loader)
+    while True:
+        batch = next(batches, None)
+        left = torch.tensor(batch is not None, dtype=torch.int32, device=accelerator.device)
+        if not accelerator.reduce(left):
+            return
+        yield batch
 
 
 def _some(names: list[str]) -> str:

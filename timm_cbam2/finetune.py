@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -69,6 +70,7 @@ def finetune(
     augment: Annotated[str, _option(AUG, "none, light (no mirroring), mild, standard (timm's), or auto.")] = "auto",
     auto_augment: Annotated[str | None, _option(AUG, "timm's, such as rand-m9-mstd0.5-inc1.")] = None,
     random_erasing: Annotated[float, _option(AUG, "Probability of erasing a part.", min=0.0, max=1.0)] = 0.0,
+    aug_repeats: Annotated[int, _option(AUG, "Times in a row that an image occurs, augmented anew.", min=1)] = 1,
     mixup: Annotated[float, _option(AUG, "Mixup's alpha.", min=0.0)] = 0.0,
     cutmix: Annotated[float, _option(AUG, "CutMix's alpha.", min=0.0)] = 0.0,
     img_size: Annotated[int | None, _option(DATA, "Side in pixels, in place of the model's own.")] = None,
@@ -88,7 +90,7 @@ def finetune(
         bool, _option(DATA, "Read as used: sets larger than the disk.", "--streaming/--no-streaming")
     ] = False,
     workers: Annotated[int | None, _option(DATA, "Processes that read images; none for digits.", min=0)] = None,
-    seed: Annotated[int, _option(OPTIM, "Of the weights, the order and the augmentation.", min=0)] = 0,
+    seed: Annotated[int, _option(OPTIM, "Of the weights, the order and the augmentation.", min=0, max=2**31 - 1)] = 0,
     recipe: Annotated[
         str | None,
         _option(
@@ -140,6 +142,10 @@ def finetune(
     require("matplotlib")
     _check_trackers(tracker_names(track))
     resolve(model)
+    if push_to is not None and os.environ.get("RANK", "0") == "0":  # other machines push nothing and need no token
+        from .push import check_push
+
+        check_push(push_to)
     if num_processes is not None and num_processes > 1 and not is_launched():
         code = launch(num_processes, cpu)
         if code:
@@ -167,6 +173,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
     from timm.utils import ModelEmaV3
 
     from . import prepare
+    from .finish import share_trained
     from .loop import Run
     from .optimise import freeze, make_optimizer, make_schedule
 
@@ -217,6 +224,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
         images=images,
         config=val_config,
         info=info,
+        trained=(trainable, parameters),
         blueprint=blueprint,
     )
     updates = -(-run.batches // settings["accumulate"])
@@ -249,7 +257,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
         accelerator.print(f"recipe {settings['recipe']}: {resolved_text(settings, finetune)}")
     start = "trained" if pretrained else "random"
     side = "x".join(str(n) for n in config["input_size"][1:])
-    part = f" ({100 * trainable / parameters:.1f} % trained: {settings['train']})" if trainable < parameters else ""
+    part = f" ({share_trained(settings['train'], trainable, parameters)})" if trainable < parameters else ""
     accelerator.print(
         f"{settings['model']}: {parameters / 1e6:.2f} M parameters{part}, {start} weights; "
         f"{images.name}: {len(parts['train'])} images to train on, {len(parts['val'])} to validate, "
@@ -342,7 +350,10 @@ def _check_trackers(names: list[str]) -> None:
     for name in names:
         if name not in known:
             raise UserError(f"--track {name} is unknown; Accelerate has {', '.join(known)}")
-        require({"comet_ml": "comet_ml", "dvclive": "dvclive"}.get(name, name), extra="track")
+        if name in ("tensorboard", "trackio"):
+            require(name, extra="track")
+        elif importlib.util.find_spec(name) is None:
+            raise UserError(f"--track {name} needs its package: run  pip install {name}  and try again")
 
 
 def _default_output(model: str, images: Images) -> Path:

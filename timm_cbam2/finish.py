@@ -1,4 +1,4 @@
-"""What a run leaves: pictures, model cards, a summary for a person, and the model on the Hub if asked for."""
+"""What a run leaves: pictures, model cards, a summary for a person, and the best model on the Hub if asked for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .card import write_card
 from .errors import UserError, one_line
 from .report import confusion_picture, curves_picture, duration
 
-__all__ = ["draw_curves", "finish", "summary"]
+__all__ = ["draw_curves", "finish", "push_best", "summary"]
 
 SHOWN = 12  # rows of the summary table
 
@@ -32,6 +32,7 @@ def finish(
     classes: Sequence[str],
     data: tuple[str, int],
     seconds: float,
+    trained: tuple[int, int],
 ) -> None:
     """Write all that comes at the end, and say where it is. Main process only; may be repeated.
 
@@ -44,6 +45,7 @@ def finish(
         classes: their names.
         data: name of the data, and number of training images.
         seconds: that this call took.
+        trained: numbers of parameters, those that were trained and all.
     """
     draw_curves(folder, settings, rows, *data)
     if confusion is not None:
@@ -54,6 +56,8 @@ def finish(
     for name in ("best", "last"):
         write_card(folder / name)
     print(summary(rows, best))
+    if settings["train"] != "all":
+        print(f"\n{share_trained(settings['train'], *trained)}; {rows[-1]['images_per_second']:.0f} images/s")
     print(
         f"\ndone in {duration(seconds)}: best validation accuracy {100 * best['val_accuracy']:.2f} % "
         f"after epoch {best['epoch']} of {rows[-1]['epoch']}"
@@ -66,8 +70,6 @@ def finish(
     run = shlex.quote(str(folder))
     print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
     print(f'  timm.create_model("local-dir:{folder / "best"}", pretrained=True)')
-    if settings["push_to"]:
-        _push(folder, settings["push_to"])
 
 
 def _report(folder: Path, confusion: Tensor | None) -> None:
@@ -79,7 +81,12 @@ def _report(folder: Path, confusion: Tensor | None) -> None:
         print(f"  no report: {one_line(error)}")
 
 
-def _push(folder: Path, repo_id: str) -> None:
+def push_best(folder: Path, repo_id: str) -> None:
+    """Upload the best model of a run that is complete.
+
+    Raises:
+        UserError: it cannot be uploaded; says how to try again.
+    """
     from .push import push
 
     try:
@@ -87,6 +94,11 @@ def _push(folder: Path, repo_id: str) -> None:
     except UserError as error:
         again = f"timm-cbam2 push {shlex.quote(str(folder))} {repo_id}"
         raise UserError(f"the run is complete, but --push-to failed: {error}; try again with: {again}") from error
+
+
+def share_trained(train: str, trainable: int, parameters: int) -> str:
+    """What of a model is trained, for a person."""
+    return f"{train}: {trainable:,} of {parameters:,} parameters trained, {100 * trainable / parameters:.1f} %"
 
 
 def summary(rows: Sequence[dict[str, Any]], best: dict[str, Any]) -> str:

@@ -13,16 +13,17 @@ from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoints, Position, writing
-from .data import Images, seeded
+from .data import Images, kept_quiet, seeded
 from .errors import Stopped
 from .evaluate import Predictions, predict_all
-from .finish import draw_curves, finish
+from .finish import draw_curves, finish, push_best
 from .guards import LossWatch, StopSignal, bad_loss
-from .health import IMAGES, measure
+from .health import IMAGES, measure, tracked
 from .hub import save
 from .optimise import keep_frozen, make_loss
 from .report import MetricsFile, Progress
 from .settings import save_interval
+from .stream import in_turns, load_place, place
 
 __all__ = ["Run"]
 
@@ -44,6 +45,7 @@ class Run:
     images: Images
     config: dict[str, Any]  # preprocessing of the finished model
     info: dict[str, Any]  # goes into checkpoint.json, to be compared on resuming
+    trained: tuple[int, int]  # numbers of parameters, those that are trained and all
     blueprint: nn.Module | None = None  # a whole copy to save, where the model is sharded
     at: Position = field(default_factory=Position)
 
@@ -84,8 +86,8 @@ class Run:
         for split, indices in at.bad.items():
             if not self.settings["streaming"]:
                 self.parts[split].bad[indices] = 1
-        if self.settings["streaming"] and at.batch:
-            self.train_loader.load_state_dict(at.streams[self.accelerator.process_index])
+        if self.settings["streaming"] and 0 < at.batch < self.batches:
+            load_place(self.train_loader, at.streams[self.accelerator.process_index])
         if self.accelerator.is_main_process:
             self.metrics.resume(at.rows)
         else:
@@ -102,7 +104,7 @@ class Run:
         if self.settings["streaming"]:
             from accelerate.utils import gather_object
 
-            at.streams = gather_object([self.train_loader.state_dict() if at.batch else None])
+            at.streams = gather_object([place(self.train_loader) if 0 < at.batch < self.batches else None])
         info = {"step": at.updates, "epoch": at.epoch, "batch": at.batch, **self.info}
         try:
             return self.checkpoints.save(at.updates, info)
@@ -162,10 +164,13 @@ class Run:
                     self.images.classes,
                     self._data(),
                     time.monotonic() - start,
+                    self.trained,
                 )
             accelerator.wait_for_everyone()
         if self.settings["track"]:
             accelerator.end_training()
+        if self.settings["push_to"] and accelerator.is_main_process:
+            push_best(self.folder, self.settings["push_to"])
         return {**self.metrics.rows[-1], "best_accuracy": at.best["val_accuracy"], "output": str(self.folder)}
 
     def _data(self) -> tuple[str, int]:
@@ -221,24 +226,13 @@ class Run:
         accelerator, at, loader = self.accelerator, self.at, self.train_loader
         self.parts["train"].set_epoch(at.epoch)
         if self.settings["streaming"]:
-            done = at.batch
-            while done < self.batches:  # a share that is a little smaller than the others' starts again
-                for batch in loader:
-                    yield [tensor.to(accelerator.device, non_blocking=True) for tensor in batch]
-                    done += 1
-                    if done == self.batches:
-                        break
+            for batch in kept_quiet(in_turns(loader, self.batches - at.batch)):
+                yield [tensor.to(accelerator.device, non_blocking=True) for tensor in batch]
             return
         loader.set_epoch(at.epoch)
         if at.batch:
             loader = accelerator.skip_first_batches(loader, at.batch)
-        with seeded():
-            batches = iter(loader)
-            batch = next(batches, None)
-        while batch is not None:
-            yield batch
-            with seeded():
-                batch = next(batches, None)
+        yield from kept_quiet(loader)
 
     def _updated(self) -> None:
         """After each optimizer step: schedule, average, look for trouble, save."""
@@ -363,8 +357,7 @@ class Run:
             self.metrics.rows.append(row)
         at.rows = list(self.metrics.rows)
         if self.settings["track"]:
-            numbers = {k: v for k, v in row.items() if isinstance(v, (int, float))}
-            self.accelerator.log(numbers, step=row["step"])
+            self.accelerator.log(tracked(row), step=row["step"])
         bad = sum(row["bad_images"].values())
         self.progress.say(
             f"epoch {row['epoch']:>3}/{self.settings['epochs']}  train loss {row['train_loss']:.3f} "

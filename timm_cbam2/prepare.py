@@ -121,7 +121,8 @@ def make_loaders(settings: dict[str, Any], parts: dict[str, Any], processes: int
     batch_size, workers, seed = settings["batch_size"], settings["workers"], settings["seed"]
     if settings["streaming"]:
         return tuple(make_stream_loader(parts[split], batch_size, workers) for split in ("train", "val"))
-    train = make_loader(parts["train"], batch_size, workers, shuffle=True, seed=seed, processes=processes)
+    order = dict(shuffle=True, seed=seed, processes=processes, repeats=settings["aug_repeats"])
+    train = make_loader(parts["train"], batch_size, workers, **order)
     return train, make_loader(parts["val"], batch_size, workers)
 
 

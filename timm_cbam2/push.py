@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Iterator, NamedTuple
 
 import typer
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -27,7 +27,7 @@ from .configuration_cbam2 import architectures
 from .errors import UserError, one_line, run_commands
 from .hub import check_folder, expected_shapes, model_code, read_config, whole, with_auto_map
 
-__all__ = ["explained", "pull", "push"]
+__all__ = ["check_push", "explained", "pull", "push"]
 
 MODEL_FILES = ("config.json", "model.safetensors", "README.md")  # besides the code, nothing else ever goes up
 MAX_SMALL_FILE = 10_000_000  # bytes
@@ -72,10 +72,26 @@ def push(
     if dry_run:
         print("dry run: nothing was sent")
         return
-    if get_token() is None:
-        raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN to one with write access")
+    _check_token()
     for kind, name, operations in parts:
         _send(kind, name, operations, target)
+
+
+def check_push(repo_id: str) -> None:
+    """Check, before a long training, what the upload at its end needs: a name, a token, leave to use the network.
+
+    Raises:
+        UserError: something is missing.
+    """
+    _check_repo_id(repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(f"--push-to {repo_id}: HF_HUB_OFFLINE is set: unset it, or push when the run is complete")
+    _check_token()
+
+
+def _check_token() -> None:
+    if get_token() is None:
+        raise UserError("no Hub token: run `hf auth login`, or set HF_TOKEN to one with write access")
 
 
 class _Target(NamedTuple):

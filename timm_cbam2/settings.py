@@ -27,6 +27,13 @@ TRAIN = ("all", "attention", "attention+head", "head")
 PRECISIONS = ("no", "fp16", "bf16")
 PAIRS = ("model_kwargs", "cbam2", "opt_kwargs")  # options written KEY=VALUE, as often as need be
 DEFAULT_LR = {"scratch": 2e-3, "pretrained": 5e-4}  # for AdamW, the default optimizer
+RANGES = {  # what typer's own limits cannot say
+    "ema": ("at least 0 and less than 1, such as 0.999", lambda value: 0 <= value < 1),
+    "layer_decay": ("above 0 and up to 1, such as 0.75", lambda value: 0 < value <= 1),
+    "clip_grad": ("a number above 0, such as 1", lambda value: 0 < value < math.inf),
+    "weight_decay": ("a number from 0 on, such as 0.05", lambda value: 0 <= value < math.inf),
+    "bce_target_threshold": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
+}
 # Of one call, not of the training: a resumed run may have others.
 OF_THE_CALL = ("output", "resume", "recipe", "num_processes", "workers", "save_every", "keep", "track", "push_to")
 
@@ -85,6 +92,9 @@ def check_options(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"{_flag(option)} {value} is unknown; " + (f"try {', '.join(near)}" if near else "see timm.optim")
             )
+    for option in ("data", "model"):
+        if not str(settings[option]).strip():
+            raise UserError(f"{_flag(option)} is empty: give one, or leave it out")
     for option in PAIRS:
         settings[option] = parse_pairs(option, settings[option])
     if settings["cbam2"]:
@@ -96,6 +106,12 @@ def check_options(settings: dict[str, Any]) -> None:
         raise UserError(f"--lr {settings['lr']:g} is not a learning rate: give a number above 0, such as 1e-3")
     if settings["lr"] is None and settings["opt"] != "adamw":
         raise UserError(f"--opt {settings['opt']} has no default learning rate here: give one with --lr")
+    for option, (allowed, fits) in RANGES.items():
+        value = settings[option]
+        if value is not None and not fits(value):
+            raise UserError(f"{_flag(option)} {value:g} makes no sense: give {allowed}")
+    if settings["bce_target_threshold"] is not None and not settings["bce"]:
+        raise UserError("--bce-target-threshold is a threshold of --bce: give that too, or leave it out")
     save_interval(settings["save_every"])
     parse_val_split(settings["val_split"])
     mixing = settings["mixup"] > 0 or settings["cutmix"] > 0
@@ -107,6 +123,8 @@ def check_options(settings: dict[str, Any]) -> None:
         for option in ("auto_augment", "random_erasing", "streaming"):
             if settings[option]:
                 raise UserError(f"--cache-images crops and mirrors only: it does not go with {_flag(option)}")
+    if settings["streaming"] and settings["aug_repeats"] > 1:
+        raise UserError("--aug-repeats needs to know the images by number: it does not go with --streaming")
     if settings["resume"] == "auto" and settings["output"] is None:
         raise UserError("--resume auto needs to know the run: give its folder with --output, or as --resume FOLDER")
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
+from itertools import islice
 from pathlib import Path
 from typing import Any, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from .data import UNREADABLE, build_transform, read_image, seeded
+from .data import UNREADABLE, build_transform, read_image, seeded, start_worker
 from .errors import UserError, one_line, require
 from .sources import SPLITS, Images, Samples, parse_val_split
 from .tables import choose_columns
 
-__all__ = ["StreamedImages", "find_stream", "make_stream_loader"]
+__all__ = ["StreamedImages", "find_stream", "in_turns", "load_place", "make_stream_loader", "place"]
 
-SHUFFLE_BUFFER = 2000  # images, undecoded, from which the next is drawn
+SHUFFLE_BUFFER = 2000  # images, undecoded, that are read and then given in an order of their own
 
 
 class StreamSamples(Samples):
@@ -42,6 +45,10 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
     require("datasets")
     import datasets
 
+    if data == "digits":
+        raise UserError(
+            "--streaming: the digits lie in memory; give --data a folder of parquet files or a Hub data set"
+        )
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     share, last = parse_val_split(val_split)
     path = Path(data).expanduser()
@@ -61,8 +68,10 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
         raise UserError(f"--data {data} has the splits {', '.join(loaded)}: one must be called train to be streamed")
     columns = choose_columns(data, tables["train"], image_column, label_column)
     classes, index = _classes(data, tables["train"], columns[1])
+    # Undecoded, before anything is filtered: filters decode.
+    tables = {split: table.cast_column(columns[0], datasets.Image(decode=False)) for split, table in tables.items()}
     counts = {split: _count(table, columns[1]) for split, table in tables.items()}
-    notes = [f"streamed: shuffled within {SHUFFLE_BUFFER} images, and a resumed run is not bit-identical"]
+    notes = [f"streamed: files come in another order each epoch, and {SHUFFLE_BUFFER} images at a time are shuffled"]
     if "val" not in tables:
         if last:
             raise UserError(f"--val-split {val_split}: with --streaming give a share, or data with a val split")
@@ -74,10 +83,7 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
         counts["val"] = -(-total // every)
         counts["train"] = total - counts["val"]
         notes.append(f"no val split: every {every}th image is held out for validation")
-    splits = {
-        split: StreamSamples(tables[split].cast_column(columns[0], datasets.Image(decode=False)), n, columns, index)
-        for split, n in counts.items()
-    }
+    splits = {split: StreamSamples(tables[split], n, columns, index) for split, n in counts.items()}
     return Images(path.resolve().stem if path.exists() else data.replace("/", "_"), classes, splits, notes)
 
 
@@ -103,6 +109,10 @@ def _count(table: Any, column: str) -> int:
 
 class StreamedImages(IterableDataset):
     """This process's share of a stream, as (tensor (C, H, W), label, -1); unreadable images are counted and left out.
+
+    To train, files come in an order of their own each epoch, and rows are read and shuffled a block at a time, so that
+    a state is that of the table where the block begins, and a number within it: going on from there, no image is lost
+    or given twice. (What is in the shuffle buffer of `datasets` itself would be lost.)
 
     Args:
         samples: the split.
@@ -133,9 +143,9 @@ class StreamedImages(IterableDataset):
         self.transform = build_transform(config, augment, **more)
         self.mode = "L" if config["input_size"][0] == 1 else "RGB"
         self.table = split_dataset_by_node(samples.table, *process)
-        if self.training:
-            self.table = self.table.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         self.epoch = 0
+        self.state: dict[str, Any] = {}
+        self.loaded: dict[str, Any] | None = None
         self.bad = torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def __len__(self) -> int:
@@ -145,7 +155,8 @@ class StreamedImages(IterableDataset):
     def set_epoch(self, epoch: int) -> None:
         """Which order and augmentation to give from the next iteration on."""
         self.epoch = epoch
-        self.table.set_epoch(epoch)
+        if self.training:  # by this number `datasets` shuffles the files, alike on every process
+            self.table.set_epoch(1 + int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]))
 
     def name(self, index: int) -> str:
         """Rows of a stream have no number to be found by."""
@@ -156,17 +167,35 @@ class StreamedImages(IterableDataset):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream is."""
-        return {"table": self.table.state_dict()}
+        return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.table.load_state_dict(state["table"])
+        """Go on from there at the next iteration."""
+        self.loaded = dict(state)
+
+    def _rows(self, stream: tuple[int, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbered rows of this share; when training, in the order that `stream` and the number of a block give."""
+        if not self.training:
+            yield from enumerate(self.table)
+            return
+        self.state, self.loaded = self.loaded or {"table": None, "block": 0, "given": 0}, None
+        if self.state["table"] is not None:
+            self.table.load_state_dict(self.state["table"])
+        rows = iter(self.table)
+        while block := list(islice(rows, SHUFFLE_BUFFER)):
+            number = self.state["block"]
+            after = {"table": self.table.state_dict(), "block": number + 1, "given": 0}
+            order = np.random.default_rng((*stream, number)).permutation(len(block))
+            for index in order[self.state["given"] :].tolist():
+                self.state["given"] += 1
+                yield number * SHUFFLE_BUFFER + index, block[index]
+            self.state = after
 
     def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
         image_column, label_column = self.samples.columns
         worker = torch.utils.data.get_worker_info()
         stream = (self.seed, self.epoch, self.process[0], worker.id if worker else 0)
-        for number, row in enumerate(self.table):
+        for number, row in self._rows(stream):
             content = row[image_column] or {}
             try:
                 image = read_image(content.get("bytes") or content.get("path") or b"", self.mode)
@@ -196,11 +225,55 @@ def make_stream_loader(dataset: StreamedImages, batch_size: int, workers: int) -
     require("torchdata", extra="stream")
     from torchdata.stateful_dataloader import StatefulDataLoader
 
+    # torchdata 0.11 calls what torch 2.14 has deprecated.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
     shards = getattr(dataset.table, "num_shards", 1)
     return StatefulDataLoader(
         dataset,
         batch_size=batch_size,
         num_workers=min(workers, shards),
         drop_last=dataset.training,
+        worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
     )
+
+
+def place(loader: Any) -> tuple[int, Any]:
+    """Where each worker of a stream's loader is, to go on from with `load_place`."""
+    return loader.num_workers, loader.state_dict()
+
+
+def load_place(loader: Any, saved: tuple[int, Any]) -> None:
+    """Go on from there at the next iteration.
+
+    Raises:
+        UserError: there was another number of workers.
+    """
+    workers, state = saved
+    if workers != loader.num_workers:
+        raise UserError(
+            f"cannot resume: --workers was {workers} and is now {loader.num_workers}, and each has its own place in "
+            f"the stream: give --workers {workers}"
+        )
+    loader.load_state_dict(state)
+
+
+def in_turns(loader: Any, count: int) -> Iterator[Any]:
+    """`count` batches; a share that is a little smaller than the others' starts again.
+
+    Raises:
+        UserError: the share makes no batch at all.
+    """
+    made, idle = 0, False
+    while made < count:
+        before = made
+        for batch in loader:
+            yield batch
+            made += 1
+            if made == count:
+                return
+        if idle and made == before:
+            raise UserError(
+                f"a process's share of the stream makes no batch of {loader.batch_size}: lower --batch-size"
+            )
+        idle = made == before
