@@ -22,9 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # Importing torch takes seconds, so one process imports and then forks a fresh one for each command.
 SERVER = """
-import json, os, resource, sys
+import gc, json, os, resource, sys
+gc.disable()
 import accelerate, datasets, matplotlib.figure, sklearn.datasets
 from timm_cbam2 import cli, loop, prepare
+gc.freeze()
+gc.enable()
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)
