@@ -24,9 +24,10 @@ MODULES = (
 COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import main; main()"  # as the console script
 # Not what reads the environment while it is imported, such as huggingface_hub.
 LIBRARIES = ("torch", "torchvision", "scipy.optimize")
-
-
-LONG = ("test_readme", "test_resume", "test_package", "test_app", "test_training", "test_finetune", "test_hub")
+LONG = (
+    *("test_resume", "test_package", "test_app", "test_models", "test_readme", "test_export", "test_ablation"),
+    *("test_training", "test_explain", "test_hub", "test_finetune"),
+)
 
 
 def pytest_collection_modifyitems(items):

@@ -109,6 +109,8 @@ class Server:
         """
         self.count += 1
         files = [os.devnull, *(f"{self.folder.name}/{name}{self.count}" for name in ("stdout", "stderr"))]
+        for file in files[1:]:
+            Path(file).touch()  # to be read from now on
         job = dict(args=[str(a) for a in args], cwd=str(cwd or self.folder.name), env=env or {}, add=add, files=files)
         return Started(self, int(self.ask({**job, "largest_file": largest_file})), files)
 
