@@ -66,7 +66,7 @@ def start_python(environment):
 
 @pytest.fixture(scope="session")
 def start(start_python):
-    """`start(*args, cwd=..., env={}, largest_file=None)` starts `timm-cbam2 ARGS` in a process of its own."""
+    """`start(*args, **more)` starts `timm-cbam2 ARGS` in a process of its own; `more` is that of `Server.start`."""
 
     def call(*args, **kwargs):
         return start_python("-c", COMMAND, *args, **kwargs)
@@ -132,7 +132,7 @@ def refused(run):
     """`refused(*args, words=...)` checks that a command ends with one line on stderr and exit code 2."""
 
     def call(*args, words=(), **kwargs):
-        result = run(*args, **kwargs)
+        result = run(*args, brief=True, **kwargs)
         assert result.code == 2, result
         lines = result.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("timm-cbam2: "), result.err

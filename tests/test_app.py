@@ -90,9 +90,7 @@ def browser():
 @pytest.fixture
 def page(browser, address):
     """A fresh page; whatever the test, it asks nobody else for anything, and its console shows no error."""
-    context = browser.new_context(
-        viewport={"width": 1280, "height": 900}, accept_downloads=True, reduced_motion="reduce"
-    )
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
     page = context.new_page()
     page.set_default_timeout(WAIT)
     foreign, errors = [], []

@@ -16,17 +16,19 @@ from pathlib import Path
 Result = namedtuple("Result", "code out err")
 
 SERVER = """
-import gc, importlib, json, os, resource, runpy, sys
+import atexit, gc, importlib, json, os, resource, runpy, signal, sys, threading
 gc.disable()
 for name in sys.argv[1:]:
     importlib.import_module(name)
 gc.freeze()
 gc.enable()
 print("ready", flush=True)
+running = set()
 for line in sys.stdin:
     job = json.loads(line)
     if "wait" in job:
         print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
+        running.discard(job["wait"])
         continue
     child = os.fork()
     if child == 0:
@@ -43,12 +45,28 @@ for line in sys.stdin:
             os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) if fd else os.open(file, os.O_RDONLY), fd)
         flag, what, *args = job["args"]
         sys.argv = [flag, *args]
-        if flag == "-m":
-            runpy.run_module(what, run_name="__main__", alter_sys=True)
-        else:
-            exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
-        sys.exit()
+        try:
+            if flag == "-m":
+                runpy.run_module(what, run_name="__main__", alter_sys=True)
+            else:
+                exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+            sys.exit()
+        except SystemExit as end:
+            if not job["brief"] or not isinstance(end.code, (int, type(None))):
+                raise
+            code = end.code or 0
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    running.add(child)
     print(child, flush=True)
+for child in running:  # of a test that failed: none is left behind
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 """
 
 
@@ -97,7 +115,7 @@ class Server:
         self.process.stdin.flush()
         return self.process.stdout.readline()
 
-    def start(self, *args, cwd=None, env=None, add=True, largest_file=None):
+    def start(self, *args, cwd=None, env=None, add=True, largest_file=None, brief=False):
         """Start `python ARGS`, as in `-m MODULE ARG...` or `-c CODE ARG...`.
 
         Args:
@@ -106,13 +124,14 @@ class Server:
             env: environment variables.
             add: whether `env` is added to the environment of this server, instead of standing alone.
             largest_file: limit on the size of files, in bytes.
+            brief: all that Python does at exit, but for taking itself apart, which takes longer than many a command.
         """
         self.count += 1
         files = [os.devnull, *(f"{self.folder.name}/{name}{self.count}" for name in ("stdout", "stderr"))]
         for file in files[1:]:
             Path(file).touch()  # to be read from now on
         job = dict(args=[str(a) for a in args], cwd=str(cwd or self.folder.name), env=env or {}, add=add, files=files)
-        return Started(self, int(self.ask({**job, "largest_file": largest_file})), files)
+        return Started(self, int(self.ask({**job, "largest_file": largest_file, "brief": brief})), files)
 
     def close(self):
         self.process.stdin.close()
