@@ -25,8 +25,8 @@ COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import ma
 # Not what reads the environment while it is imported, such as huggingface_hub.
 LIBRARIES = ("torch", "torchvision", "scipy.optimize")
 LONG = (
-    *("test_resume", "test_package", "test_app", "test_models", "test_readme", "test_export", "test_ablation"),
-    *("test_training", "test_explain", "test_hub", "test_finetune"),
+    *("test_package", "test_resume", "test_app", "test_models", "test_export", "test_training", "test_readme"),
+    *("test_ablation", "test_explain", "test_cbam2", "test_transformers", "test_hub", "test_finetune"),
 )
 
 
