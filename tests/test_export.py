@@ -41,7 +41,7 @@ def test_torch_export_of_any_batch_and_size(tmp_path):
 def test_onnx_of_any_batch_and_size(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    network = model("resnet20_cbam2", layers=(1, 1, 1))
+    network = model("resnet20_cbam2", cbam2_stages=[2])
     export_onnx(network, tmp_path / "m.onnx", (3, 32, 32))
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     for shape in ((1, 3, 32, 32), (4, 3, 40, 64)):
