@@ -57,7 +57,7 @@ def serve(command, cwd, environment):
 
 
 def stop(process):
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     try:
         process.wait(20)
     finally:

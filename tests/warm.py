@@ -33,6 +33,7 @@ for line in sys.stdin:
     child = os.fork()
     if child == 0:
         os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         os.chdir(job["cwd"])
         if not job["add"]:
             os.environ.clear()
