@@ -1,78 +1,33 @@
 """Commands run as a user runs them, and folders of real images to run them on."""
 
-import itertools
-import json
+import gc
 import os
-import signal
 import socket
-import subprocess
 import sys
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from warm import Server, make_bare_python
 
+gc.disable()  # until the tests are collected, with all that they import
 # The models here are tiny: one thread each, so that several processes share the cores without waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-Result = namedtuple("Result", "code out err")
 ROOT = Path(__file__).resolve().parent.parent
-
-# Importing torch takes seconds, so one process imports and then forks a fresh one for each command.
-SERVER = """
-import json, os, resource, sys
-import accelerate, datasets, matplotlib.figure, sklearn.datasets
-from timm_cbam2 import cli, loop, prepare
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    if "wait" in job:
-        print(os.waitstatus_to_exitcode(os.waitpid(job["wait"], 0)[1]), flush=True)
-        continue
-    child = os.fork()
-    if child == 0:
-        os.chdir(job["cwd"])
-        os.environ.update(job["env"])
-        if job["largest_file"]:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"], job["largest_file"]))
-        for fd in (1, 2):
-            os.dup2(os.open(job["files"][fd - 1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
-        sys.argv = ["timm-cbam2", *job["args"]]
-        cli.main()
-    print(child, flush=True)
-"""
-
-
-class Started:
-    """A command that runs in a process of its own."""
-
-    def __init__(self, server, pid, files):
-        self.server, self.pid, self.files = server, pid, files
-
-    def kill(self, number=signal.SIGKILL):
-        os.kill(self.pid, number)
-
-    @property
-    def alive(self):
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-    def out(self):
-        return Path(self.files[0]).read_text()
-
-    def wait(self):
-        """Exit code, stdout and stderr when it has ended."""
-        return Result(int(ask(self.server, {"wait": self.pid})), *(Path(file).read_text() for file in self.files))
-
-
-def ask(server, job):
-    server.stdin.write(json.dumps(job) + "\n")
-    server.stdin.flush()
-    return server.stdout.readline()
-
-
-LONG = ("test_readme", "test_resume", "test_package", "test_app", "test_training", "test_finetune", "test_hub")
+# All that the commands import, now or when they need it.
+MODULES = (
+    *("accelerate", "datasets", "matplotlib.backends.backend_agg", "sklearn.datasets", "timm_cbam2.cli"),
+    *("timm_cbam2.loop", "timm_cbam2.prepare", "timm_cbam2.run_report"),
+)
+COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import main; main()"  # as the console script
+# Not what reads the environment while it is imported, such as huggingface_hub.
+LIBRARIES = ("torch", "torchvision", "scipy.optimize")
+LONG = (
+    *("test_package", "test_resume", "test_app", "test_models", "test_export", "test_training", "test_readme"),
+    *("test_ablation", "test_explain", "test_cbam2", "test_transformers", "test_hub", "test_finetune"),
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -80,24 +35,15 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONG.index(item.module.__name__) if item.module.__name__ in LONG else len(LONG))
 
 
+def pytest_collection_finish():
+    gc.freeze()
+    gc.enable()
+
+
 @pytest.fixture(scope="session")
 def bare_python(tmp_path_factory):
     """The interpreter of a fresh environment that has all this one has, except timm_cbam2."""
-    import sysconfig
-    import venv
-
-    folder = tmp_path_factory.mktemp("bare")
-    packages = folder / "packages"
-    packages.mkdir()
-    for entry in Path(sysconfig.get_path("purelib")).iterdir():
-        if "timm_cbam2" not in entry.name:
-            (packages / entry.name).symlink_to(entry)
-    venv.create(folder / "venv", with_pip=False, symlinks=True)
-    python = folder / "venv" / "bin" / "python"
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    site = subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip()
-    (Path(site) / "packages.pth").write_text(f"{packages}\n")
-    return python
+    return make_bare_python(tmp_path_factory.mktemp("bare"))
 
 
 @pytest.fixture(scope="session")
@@ -111,24 +57,46 @@ def environment(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def start(environment, tmp_path_factory):
-    """`start(*args, cwd=..., env={}, largest_file=None)` starts `timm-cbam2 ARGS` in a process of its own."""
-    folder = tmp_path_factory.mktemp("output")
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    )
-    assert server.stdout.readline() == "ready\n"
-    count = itertools.count()
+def start_python(environment):
+    """`start_python(*args, cwd=..., env={})` starts `python ARGS`, like a user, with all that the commands import."""
+    server = Server(sys.executable, MODULES, environment)
+    yield server.start
+    server.close()
 
-    def call(*args, cwd=folder, env=None, largest_file=None):
-        number = next(count)
-        files = [str(folder / f"stdout{number}"), str(folder / f"stderr{number}")]
-        job = {"args": [str(a) for a in args], "cwd": str(cwd), "files": files, "env": env or {}}
-        return Started(server, int(ask(server, {**job, "largest_file": largest_file})), files)
+
+@pytest.fixture(scope="session")
+def start(start_python):
+    """`start(*args, **more)` starts `timm-cbam2 ARGS` in a process of its own; `more` is that of `Server.start`."""
+
+    def call(*args, **kwargs):
+        return start_python("-c", COMMAND, *args, **kwargs)
+
+    return call
+
+
+def _scripts(python):
+    server = Server(python, LIBRARIES, {name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+
+    def call(code, *args, cwd=None, env=None):
+        return server.start("-c", code, *args, cwd=cwd, env=dict(env or os.environ), add=False).wait()
 
     yield call
-    server.stdin.close()
-    server.wait(30)
+    server.close()
+
+
+@pytest.fixture(scope="session")
+def script():
+    """`script(code, *args, cwd=..., env=...)` runs `python -c CODE ARGS`, in no other environment than `env`.
+
+    Nothing that reads the environment has been imported, nor this package, nor what it must not import.
+    """
+    yield from _scripts(sys.executable)
+
+
+@pytest.fixture(scope="session")
+def bare_script(bare_python):
+    """The same where timm_cbam2 is not installed."""
+    yield from _scripts(bare_python)
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +132,7 @@ def refused(run):
     """`refused(*args, words=...)` checks that a command ends with one line on stderr and exit code 2."""
 
     def call(*args, words=(), **kwargs):
-        result = run(*args, **kwargs)
+        result = run(*args, brief=True, **kwargs)
         assert result.code == 2, result
         lines = result.err.splitlines()
         assert len(lines) == 1 and lines[0].startswith("timm-cbam2: "), result.err

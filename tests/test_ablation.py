@@ -1,11 +1,9 @@
 """The experiment runner: a grid is checked, killed at any moment it goes on, and its numbers are what they say."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -22,7 +20,7 @@ from timm_cbam2.errors import UserError
 
 TINY = """
 recipes:
-  small: {data: digits, img_size: 8, epochs: 2, batch_size: 64, lr: 0.003, val_split: 0.2, cache_images: true}
+  small: {data: images, img_size: 8, epochs: 3, batch_size: 16, lr: 0.003, val_split: 0.2, cache_images: true}
 variants:
   plain: {model: resnet20}
   more: {start: {run: plain, model: resnet20_cbam2}, epochs: 1, about: attention put in}
@@ -32,30 +30,21 @@ questions:
 
 
 @pytest.fixture
-def ablation(environment, tmp_path):
-    """`ablation(*args)` starts the command as a user does, at the head of a process group of its own."""
-
-    def start(*args):
-        command = [sys.executable, "-m", "timm_cbam2.ablation", *map(str, args)]
-        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return subprocess.Popen(command, env=environment, cwd=tmp_path, start_new_session=True, **pipes)
-
-    return start
+def ablation(start_python, tmp_path):
+    """`ablation(*args)` starts `python -m timm_cbam2.ablation ARGS`, at the head of a process group of its own."""
+    return partial(start_python, "-m", "timm_cbam2.ablation", cwd=tmp_path)
 
 
 def finish(process):
-    out = process.communicate(timeout=300)[0]
-    assert process.returncode == 0, out
-    return out
+    result = process.wait()
+    assert result.code == 0, result
+    return result.out
 
 
 def wait_for(what, process):
-    for _ in range(2400):
-        if what():
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")
+    while not what():
+        assert process.alive, process.wait()
+        time.sleep(0.02)
 
 
 def measured(path):
@@ -64,13 +53,14 @@ def measured(path):
     return [{k: v for k, v in row.items() if k not in ("seconds", "cpu_seconds")} for row in rows]
 
 
-def test_killed_at_any_moment_it_goes_on(ablation, tmp_path):
+def test_killed_at_any_moment_it_goes_on(ablation, write_folder, tmp_path):
+    write_folder(tmp_path / "images", count=80)
     grid = tmp_path / "grid.yaml"
     grid.write_text(TINY)
     out = finish(ablation("run", "--grid", grid, "--runs", "whole"))
     assert "2 to go" in out and "plain-seed0" in out and "more-seed0" in out
     whole = measured(tmp_path / "whole" / "results.jsonl")
-    assert [row["variant"] for row in whole] == ["plain", "more"] and len(whole[0]["val_accuracy"]) == 2
+    assert [row["variant"] for row in whole] == ["plain", "more"] and len(whole[0]["val_accuracy"]) == 3
     assert whole[1]["start_accuracy"] == whole[0]["accuracy"]  # put in at the identity
     assert whole[0]["accuracy"] == pytest.approx(whole[0]["val_accuracy"][-1], abs=1e-9)
     assert whole[0]["parameters"] < whole[1]["parameters"] and whole[1]["health"]
@@ -79,14 +69,14 @@ def test_killed_at_any_moment_it_goes_on(ablation, tmp_path):
     metrics = tmp_path / "killed" / "plain-seed0" / "metrics.jsonl"
     first = ablation(*command)
     wait_for(metrics.exists, first)
-    os.killpg(first.pid, signal.SIGKILL)  # the runner and the training, in the middle of an epoch
-    first.communicate()
+    first.kill_group()  # the runner and the training, in the middle of an epoch
+    first.wait()
     second = ablation(*command)
     wait_for(lambda: (tmp_path / "killed" / "more-seed0" / "run.json").exists(), second)
-    os.kill(second.pid, signal.SIGKILL)  # the runner alone: the training lives on
+    second.kill()  # the runner alone: the training lives on
+    second.wait()
     out = finish(ablation(*command))
     assert "1 finished before, 1 to go" in out
-    second.communicate()
     assert measured(tmp_path / "killed" / "results.jsonl") == whole
     assert json.loads((tmp_path / "whole" / "results.jsonl").read_text().splitlines()[0])["cpu_seconds"] > 0
     assert "0 to go" in finish(ablation(*command))
@@ -96,13 +86,14 @@ def test_killed_at_any_moment_it_goes_on(ablation, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ctrl_c_saves_and_says_how_to_go_on(ablation, tmp_path):
-    (tmp_path / "grid.yaml").write_text(TINY.replace("epochs: 2", "epochs: 50"))
+def test_ctrl_c_saves_and_says_how_to_go_on(ablation, write_folder, tmp_path):
+    write_folder(tmp_path / "images")
+    (tmp_path / "grid.yaml").write_text(TINY.replace("epochs: 3", "epochs: 500"))
     process = ablation("run", "--grid", "grid.yaml", "--runs", "runs")
     wait_for((tmp_path / "runs" / "plain-seed0" / "metrics.jsonl").exists, process)
-    process.send_signal(signal.SIGTERM)
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "stopped in plain-seed0: the same command goes on" in out, out
+    process.kill(signal.SIGTERM)
+    result = process.wait()
+    assert result.code == 130 and "stopped in plain-seed0: the same command goes on" in result.err, result
     assert not (tmp_path / "runs" / "results.jsonl").exists()
 
 
@@ -110,7 +101,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(ablation, tmp_path):
     "old, new, words",
     [
         ("model: resnet20}", "modle: resnet20}", ("variant plain", "modle", "model")),
-        ("epochs: 2", "epoch: 2", ("epoch", "epochs")),
+        ("epochs: 3", "epoch: 3", ("epoch", "epochs")),
         ("run: plain", "run: plian", ("plian", "plain")),
         ("[more]", "[mroe]", ("mroe", "more")),
         ("control: plain, ", "", ("gain", "lacks control")),
@@ -252,11 +243,12 @@ def test_routing_of_a_run(ablation, small_run, tmp_path):
 
 
 def test_a_mistake_on_the_command_line_is_one_line(ablation):
-    process = ablation("run", "--question", "control")
-    assert process.communicate(timeout=100)[0].splitlines() == [
-        "timm-cbam2: no question is called control; there are controls, position, parts, further, convnext"
-    ]
-    assert process.returncode == 2
+    result = ablation("run", "--question", "control").wait()
+    assert (result.out, result.err.splitlines()) == (
+        "",
+        ["timm-cbam2: no question is called control; there are controls, position, parts, further, convnext"],
+    )
+    assert result.code == 2
 
 
 @pytest.mark.parametrize("name, stages", [("resnet20_cbam2", [1, 2]), ("test_convnext_cbam2", [0])])

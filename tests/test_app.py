@@ -12,7 +12,7 @@ import signal
 import socket
 import struct
 import subprocess
-import sys
+import time
 import urllib.error
 import urllib.request
 import zlib
@@ -46,9 +46,8 @@ def free_port():
 
 def serve(command, cwd, environment):
     """Start a page; its process and address."""
-    process = subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
     printed = []
     for line in process.stdout:
         printed.append(line)
@@ -58,7 +57,7 @@ def serve(command, cwd, environment):
 
 
 def stop(process):
-    process.send_signal(signal.SIGINT)
+    process.terminate()
     try:
         process.wait(20)
     finally:
@@ -66,12 +65,15 @@ def stop(process):
 
 
 @pytest.fixture(scope="module")
-def address(environment, small_run, tmp_path_factory):
+def address(start, small_run):
     """Of a page that shows a run, started with no more than its name."""
-    command = [sys.executable, "-m", "timm_cbam2.cli", "app", str(small_run[0]), "--port", str(free_port())]
-    process, url = serve(command, tmp_path_factory.mktemp("app"), environment)
-    yield url
-    stop(process)
+    page = start("app", small_run[0], "--port", free_port())
+    while not (url := re.search(r"http://[\d.]+:\d+", page.out())):
+        assert page.alive, page.wait()
+        time.sleep(0.05)
+    yield url[0]
+    page.kill(signal.SIGINT)
+    page.wait()
 
 
 @pytest.fixture(scope="module")
@@ -320,9 +322,10 @@ def test_models_that_a_visitor_may_load(tmp_path):
     check_image(tmp_path / "fine.webp")
 
 
-def test_models_from_the_hub_run_no_code(tmp_path):
+def test_models_from_the_hub_run_no_code(script, tmp_path):
     """A repository with code that would leave a trace, and one that offers a pickle only."""
     scenario(
+        script,
         tmp_path,
         f"""
 from timm_cbam2.app_models import Models
@@ -339,7 +342,7 @@ fails("no such repository", Models([]).explain, "hf-hub:user/none", {str(CAT)!r}
     )
 
 
-def test_a_space(tmp_path, bare_python, environment):
+def test_a_space(script, tmp_path, bare_python, environment):
     """Pushed to the stand-in Hub, fetched, and served where the package is not installed."""
     pytest.importorskip("importlib.metadata").version("timm_cbam2")
     code = """
@@ -360,7 +363,7 @@ for name, data in files.items():
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
 """
-    scenario(tmp_path, code)
+    scenario(script, tmp_path, code)
     space = tmp_path / "space"
     card = (space / "README.md").read_text()
     head = card.split("---")[1]

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -77,7 +75,7 @@ def test_a_persons_own_words_stay(run):
     assert readme.read_text() == "my words"
 
 
-def test_the_code_runs(run, tmp_path):
+def test_the_code_runs(script, run):
     """Each block as it stands, with the repository's name replaced by the folder."""
     write_run(run)
     blocks = re.findall(r"```python\n(.*?)```", card(run / "best", "user/things"), flags=re.DOTALL)
@@ -86,5 +84,5 @@ def test_the_code_runs(run, tmp_path):
     timm_code = blocks[0].replace("hf-hub:user/things", f"local-dir:{folder}") + "\nfirst = output\n"
     code = timm_code + blocks[1].replace("user/things", folder)
     code += "\nassert torch.equal(first, output) and output.shape == (1, 2) and len(masks) == 4\n"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = script(code, cwd=ROOT)
+    assert done.code == 0, done.err

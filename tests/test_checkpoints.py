@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -101,12 +99,11 @@ print(timm_cbam2.__file__)
 
 
 @pytest.mark.parametrize("layout", ["wheel", "checkout"])
-def test_pretrained_finds_it_offline(shipped, tmp_path, layout):
+def test_pretrained_finds_it_offline(script, shipped, tmp_path, layout):
     package = shutil.copytree(
         ROOT / "timm_cbam2", tmp_path / "timm_cbam2", ignore=shutil.ignore_patterns("checkpoints")
     )
     shutil.copytree(shipped.parent, (package if layout == "wheel" else tmp_path) / "checkpoints")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-    command = [sys.executable, "-c", CODE, str(shipped)]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0 and str(tmp_path) in done.stdout, done.stderr
+    done = script(CODE, shipped, env=env, cwd=tmp_path)
+    assert done.code == 0 and str(tmp_path) in done.out, done.err

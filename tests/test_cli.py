@@ -1,8 +1,6 @@
 """The command line: help, the table of models, and every mistake as one line with exit code 2."""
 
 import json
-import subprocess
-import sys
 
 import timm
 
@@ -17,10 +15,11 @@ def test_help(run):
     assert result.code == 0 and "--skip-bad-images" in result.out and result.err == ""
 
 
-def test_modules_run_by_themselves(environment):
+def test_modules_run_by_themselves(script, environment):
     """As `python -m timm_cbam2.X`, in one process because importing torch takes seconds."""
     code = """
-import runpy, sys
+import runpy, sys, warnings
+warnings.simplefilter("ignore")
 for name in ("finetune", "evaluate", "predict", "benchmark", "zoo", "cli"):
     sys.argv = [name, "--help"]
     try:
@@ -28,9 +27,8 @@ for name in ("finetune", "evaluate", "predict", "benchmark", "zoo", "cli"):
     except SystemExit as end:
         assert not end.code
 """
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.count("Usage: ") == 6 and done.stderr == "", done
+    done = script(code, env=environment)
+    assert done.code == 0 and done.out.count("Usage: ") == 6 and done.err == "", done
 
 
 def test_models(run, refused):
@@ -105,18 +103,16 @@ def test_a_file_as_output_is_refused(refused, write_folder, tmp_path):
     refused("finetune", "--data", data, "--output", tmp_path / "file" / "run", words=("--output", "file"))
 
 
-def test_a_missing_extra_is_said(environment, tmp_path):
+def test_a_missing_extra_is_said(script, environment, tmp_path):
     code = "import sys; sys.modules['matplotlib'] = None; from timm_cbam2.cli import main; main()"
-    command = [sys.executable, "-c", code, "finetune"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done
-    assert "matplotlib" in done.stderr and 'pip install "timm_cbam2[train]"' in done.stderr
+    done = script(code, "finetune", cwd=tmp_path, env=environment)
+    assert done.code == 2 and done.err.count("\n") == 1, done
+    assert "matplotlib" in done.err and 'pip install "timm_cbam2[train]"' in done.err
     assert not list(tmp_path.iterdir())
 
 
-def test_importing_the_package_imports_no_training_code(environment):
+def test_importing_the_package_imports_no_training_code(script, environment):
     code = "import sys, json, timm_cbam2; print(json.dumps(sorted(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    loaded = set(json.loads(done.stdout))
+    loaded = set(json.loads(script(code, env=environment).out))
     for module in ("datasets", "sklearn", "matplotlib", "typer", "timm_cbam2.finetune", "timm_cbam2.data"):
         assert module not in loaded, module

@@ -1,11 +1,9 @@
 """The main job and its run folder, launched as a user does."""
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
+import time
 
 import pytest
 import timm
@@ -81,23 +79,16 @@ def test_unreadable_images(run, refused, write_folder, truncate, quick, tmp_path
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
-def test_ctrl_c(environment, run, write_folder, quick, tmp_path, workers):
+def test_ctrl_c(start, run, write_folder, quick, tmp_path, workers):
     data = write_folder(tmp_path / "images")
-    command = [sys.executable, "-m", "timm_cbam2.finetune", "--data", str(data), *quick, "--workers", workers]
-    process = subprocess.Popen(
-        [*command, "--epochs", "100000", "--output", "run"],
-        cwd=tmp_path,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while "epoch   2/" not in (line := process.stdout.readline()):
-        assert line, process.stderr.read()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: every process of the group
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 75
+    args = ("finetune", "--data", data, *quick, "--workers", workers, "--epochs", "100000", "--output", "run")
+    running = start(*args, cwd=tmp_path)
+    while "epoch   2/" not in running.out():
+        assert running.alive, running.wait()
+        time.sleep(0.01)
+    running.kill_group(signal.SIGINT)  # as a terminal does: every process of the group
+    code, _, err = running.wait()
+    assert code == 75
     assert len(err.splitlines()) == 1 and "run/last" in err and "run/best" in err, err
     assert timm.create_model(f"local-dir:{tmp_path / 'run' / 'last'}", pretrained=True).num_classes == 3
     assert rows(tmp_path / "run") and (tmp_path / "run" / "curves.png").exists()

@@ -7,8 +7,6 @@ steps, because importing torch takes seconds.
 import json
 import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -59,18 +57,18 @@ def fails(words, function, *args, kind=UserError, **kwargs):
 """
 
 
-def scenario(tmp_path, code, architecture="test_resnet_cbam2"):
+def scenario(script, tmp_path, code, architecture="test_resnet_cbam2"):
     names = dict(TESTS=str(TESTS), ROOT=str(TESTS.parent), HOME=str(tmp_path), ARCHITECTURE=architecture)
     head = "".join(f"{name} = {value!r}\n" for name, value in names.items())
-    script = tmp_path / "scenario.py"
-    script.write_text(head + PRELUDE + code)
-    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
+    (tmp_path / "scenario.py").write_text(head + PRELUDE + code)
+    done = script("import runpy; runpy.run_path('scenario.py', run_name='__main__')", cwd=tmp_path)
+    assert done.code == 0, f"{done.out[-3000:]}\n{done.err[-5000:]}"
     return done
 
 
-def test_up_and_down(tmp_path):
+def test_up_and_down(script, tmp_path):
     done = scenario(
+        script,
         tmp_path,
         """
 push(folder, "user/model", dry_run=True)
@@ -111,11 +109,12 @@ AutoModelForImageClassification.from_pretrained(folder).push_to_hub("user/by-tra
 doors("user/by-transformers")
 """,
     )
-    assert "dry run: nothing was sent" in done.stdout and "model.safetensors" in done.stdout
+    assert "dry run: nothing was sent" in done.out and "model.safetensors" in done.out
 
 
-def test_failures_and_the_next_try(tmp_path):
+def test_failures_and_the_next_try(script, tmp_path):
     scenario(
+        script,
         tmp_path,
         """
 os.environ["HF_TOKEN"] = "hf_test"
@@ -162,8 +161,9 @@ fails("write user/name", push, folder, "name")
     )
 
 
-def test_hostile_repositories(tmp_path):
+def test_hostile_repositories(script, tmp_path):
     scenario(
+        script,
         tmp_path,
         """
 import json, pickle
@@ -214,9 +214,10 @@ assert not list(home.rglob("escaped")) and not (home / "ran").exists() and not (
     )
 
 
-def test_a_hundred_megabytes(tmp_path):
+def test_a_hundred_megabytes(script, tmp_path):
     """resnet50_cbam2 through the same wires."""
     scenario(
+        script,
         tmp_path,
         """
 os.environ["HF_TOKEN"] = "hf_test"
@@ -260,19 +261,11 @@ def test_push_refuses_what_is_not_whole(folder, damage, words):
         push(folder, "user/model", dry_run=True)
 
 
-def test_the_commands(folder, tmp_path):
+def test_the_commands(run, refused, folder, tmp_path):
     """As a user types them, with the Hub out of reach."""
-
-    def run(*args):
-        env = {**os.environ, "PYTHONPATH": str(TESTS.parent), "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
-        return subprocess.run(
-            [sys.executable, "-m", "timm_cbam2.cli", *args], cwd=tmp_path, env=env, capture_output=True, text=True
-        )
-
-    done = run("push", "model", "user/model", "--no-code", "--private", "--dry-run")
-    assert done.returncode == 0 and "README.md" in done.stdout and "cbam2.py" not in done.stdout
-    done = run("pull", "user/model", "here")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "HF_HUB_OFFLINE is set" in done.stderr
+    done = run("push", "model", "user/model", "--no-code", "--private", "--dry-run", cwd=tmp_path)
+    assert done.code == 0 and "README.md" in done.out and "cbam2.py" not in done.out
+    refused("pull", "user/model", "here", cwd=tmp_path, words=["HF_HUB_OFFLINE is set"])
     assert not (tmp_path / "here").exists()
 
 

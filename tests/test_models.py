@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -56,7 +54,7 @@ def blocks_of(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, Cbam2)}
 
 
-def test_registered_on_import_and_not_before_twice_and_in_silence():
+def test_registered_on_import_and_not_before_twice_and_in_silence(script):
     code = (
         "import warnings; warnings.simplefilter('error'); import timm\n"
         "assert not timm.list_models('*_cbam2') and not timm.is_model('resnet20')\n"
@@ -64,9 +62,9 @@ def test_registered_on_import_and_not_before_twice_and_in_silence():
         "importlib.reload(ours); importlib.reload(timm_cbam2)\n"
         "print(len(timm.list_models('*_cbam2')), len(timm.list_pretrained('*_cbam2.from_*')))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0 and result.stderr == "", result.stderr
-    models, tags = map(int, result.stdout.split())
+    result = script(code)
+    assert result.code == 0 and result.err == "", result.err
+    models, tags = map(int, result.out.split())
     assert models >= 75 and tags >= 213
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from warm import make_bare_python
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,8 @@ def test_what_is_in_it(wheel):
     assert size < 5e6 + 1e6  # the models may take 5 MB
 
 
-def test_it_runs_the_main_job_elsewhere(wheel, bare_python, tmp_path):
+def test_it_runs_the_main_job_elsewhere(wheel, tmp_path):
+    python = make_bare_python(tmp_path / "bare")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment.update(HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path / "hf"))
 
@@ -44,12 +46,11 @@ def test_it_runs_the_main_job_elsewhere(wheel, bare_python, tmp_path):
         assert result.returncode == 0, result.stderr
         return result.stdout
 
-    absent = "import importlib.util as u; print(u.find_spec('timm_cbam2'))"
-    assert run(bare_python, "-c", absent).strip() == "None"
-    run(sys.executable, "-m", "pip", "--python", bare_python, "install", "--no-deps", "--no-index", wheel)
-    where = run(bare_python, "-c", "import timm_cbam2; print(timm_cbam2.__file__)").strip()
-    assert str(bare_python.parent.parent) in where
-    command = bare_python.parent / "timm-cbam2"
+    where = "import importlib.util as u; found = u.find_spec('timm_cbam2'); print(found and found.origin)"
+    assert run(python, "-c", where).strip() == "None"
+    run(sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index", wheel)
+    assert str(python.parent.parent) in run(python, "-c", where)
+    command = python.parent / "timm-cbam2"
     assert "resnet50_cbam2" in run(command, "models", "resnet50")
 
     out = run(command, "finetune")  # the main job, as the README has it

@@ -2,12 +2,12 @@
 
 import json
 import socket
-import subprocess
 import sys
 
 import pytest
-from conftest import SERVER, Started, ask
+from conftest import COMMAND, MODULES
 from hub_server import Hub
+from warm import Server
 
 
 @pytest.fixture(scope="module")
@@ -23,22 +23,13 @@ def online(hub, environment, tmp_path_factory):
     env = {**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(home / "hf"), "HF_HUB_DISABLE_XET": "1"}
     for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
         env.pop(name, None)
-    script = SERVER.replace("from timm_cbam2 import", "import timm_cbam2.push\nfrom timm_cbam2 import")
-    server = subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )
-    assert server.stdout.readline() == "ready\n"
-    count = iter(range(1000))
+    server = Server(sys.executable, [*MODULES, "timm_cbam2.push"], env)
 
     def call(*args, **env):
-        number = next(count)
-        files = [str(home / f"stdout{number}"), str(home / f"stderr{number}")]
-        job = {"args": [str(a) for a in args], "cwd": str(home), "files": files, "env": env, "largest_file": None}
-        return Started(server, int(ask(server, job)), files)
+        return server.start("-c", COMMAND, *args, cwd=home, env=env)
 
     yield call
-    server.stdin.close()
-    server.wait(30)
+    server.close()
 
 
 TOKEN = {"HF_TOKEN": "hf_test"}

@@ -2,8 +2,7 @@
 
 import re
 import shlex
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,30 +24,30 @@ def commands():
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    """A cache with the weights that the README starts from; random ones, since only their shape matters here."""
-    home = tmp_path_factory.mktemp("home")
+def cached(environment, tmp_path_factory):
+    """In the cache: the weights that the README starts from; random ones, since only their shape matters here."""
+    added = []
     for name in ("resnet50", "resnet18"):
         folder = tmp_path_factory.mktemp(name)
         save_for_hf(timm.create_model(name), folder, safe_serialization=True)
-        add_to_cache(folder, home, f"timm/{name}.a1_in1k")
-    return home
+        added.append(add_to_cache(folder, Path(environment["HF_HOME"]), f"timm/{name}.a1_in1k"))
+    yield
+    for repo in added:
+        shutil.rmtree(repo)
 
 
 @pytest.fixture(scope="module")
-def workplace(home, environment, tmp_path_factory):
+def workplace(run, cached, tmp_path_factory):
     """A folder in which the README's commands have been typed, one after the other."""
     folder = tmp_path_factory.mktemp("workplace")
     for name, colour in (("cat", "orange"), ("dog", "brown")):
         (folder / "my_images" / name).mkdir(parents=True)
-        for number in range(8):
+        for number in range(4):
             Image.new("RGB", (60, 50 + number), colour).save(folder / "my_images" / name / f"{number}.jpg")
-    environment = {**environment, "HF_HOME": str(home)}
     for command in commands():
         if command.startswith("timm-cbam2 "):
-            arguments = [sys.executable, "-m", "timm_cbam2.cli", *shlex.split(command)[1:]]
-            result = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True)
-            assert result.returncode == 0, (command, result.stderr)
+            result = run(*shlex.split(command)[1:], cwd=folder)
+            assert result.code == 0, (command, result.err)
     return folder
 
 
@@ -57,12 +56,9 @@ def test_the_commands_run(workplace):
     assert (workplace / "pictures" / "1.png").is_file()
 
 
-def test_the_python_runs(workplace, home, environment):
-    code = "\n".join(blocks("python"))
-    environment = {**environment, "HF_HOME": str(home)}
-    command = [sys.executable, "-c", code]
-    result = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+def test_the_python_runs(script, workplace, environment):
+    result = script("\n".join(blocks("python")), cwd=workplace, env=environment)
+    assert result.code == 0, result.err
 
 
 def test_every_command_is_run_by_a_test():

@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -31,7 +30,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def run(python, folder, tmp_path, code, with_package):
+def run(script, folder, tmp_path, code, with_package):
     """Run `code` away from the repository, with an empty cache; every warning is shown."""
     path = str(ROOT) if with_package else ""
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -43,11 +42,11 @@ images, logits = torch.load({str(folder.parent / "example.pt")!r})
 assert (importlib.util.find_spec("timm_cbam2") is not None) is {with_package}
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, pipeline
 """
-    done = subprocess.run([python, "-c", head + code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    quiet = re.sub(r"(?m)^.*(Loading weights|Writing model shards).*$", "", done.stderr).strip()
+    done = script(head + code, cwd=tmp_path, env=env)
+    assert done.code == 0, done.err
+    quiet = re.sub(r"(?m)^.*(Loading weights|Writing model shards).*$", "", done.err).strip()
     assert "arning" not in quiet and "[transformers]" not in quiet, quiet
-    return done.stdout
+    return done.out
 
 
 LOAD_SAVE_LOAD = """
@@ -66,14 +65,14 @@ print(sorted(type(m).__module__.split(".")[0] for m in (model, built)))
 """
 
 
-def test_without_the_package(bare_python, folder, tmp_path):
-    out = run(bare_python, folder, tmp_path, LOAD_SAVE_LOAD, with_package=False)
+def test_without_the_package(bare_script, folder, tmp_path):
+    out = run(bare_script, folder, tmp_path, LOAD_SAVE_LOAD, with_package=False)
     assert out.strip() == "['transformers_modules', 'transformers_modules']"
     again = {path.name for path in (tmp_path / "again").iterdir()}
     assert again == {"config.json", "model.safetensors", *model_code()}
 
 
-def test_the_code_runs_only_when_asked(bare_python, folder, tmp_path):
+def test_the_code_runs_only_when_asked(bare_script, folder, tmp_path):
     code = """
 try:
     AutoModel.from_pretrained(folder, trust_remote_code=False)
@@ -82,12 +81,12 @@ except ValueError as error:
 else:
     raise AssertionError
 """
-    run(bare_python, folder, tmp_path, code, with_package=False)
+    run(bare_script, folder, tmp_path, code, with_package=False)
     assert not list(tmp_path.rglob("modeling_cbam2.py"))
 
 
 @pytest.mark.parametrize("order", ["package first", "code first", "without asking"])
-def test_beside_the_package(bare_python, folder, tmp_path, order):
+def test_beside_the_package(bare_script, folder, tmp_path, order):
     code = {
         "package first": """
 import timm_cbam2
@@ -113,7 +112,7 @@ model = AutoModelForImageClassification.from_pretrained(folder)
 print(type(model).__module__)
 """,
     }[order]
-    run(bare_python, folder, tmp_path, code + "assert torch.equal(model(images).logits, logits)\n", with_package=True)
+    run(bare_script, folder, tmp_path, code + "assert torch.equal(model(images).logits, logits)\n", with_package=True)
 
 
 def test_the_code_is_complete():

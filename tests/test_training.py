@@ -110,8 +110,18 @@ def test_options_reach_the_model_and_the_data(run, refused, digits, tmp_path):
     assert f"{100 * best:.2f} %" in (tmp_path / "run" / "best" / "README.md").read_text()
     measured = run("evaluate", tmp_path / "run")  # reads the same images the usual way
     assert f"top-1 {100 * best:.2f} %" in measured.out, measured
-    plain = ("finetune", "--model", "resnet20", "--no-pretrained", "--epochs", "1", "--img-size", "8")
-    result = run(*plain, "--model-kwargs", "block_args={'attn_layer':'se'}", "--output", tmp_path / "se")
+    plain = ("finetune", "--data", tmp_path / "digits.parquet", "--model", "resnet20", "--no-pretrained")
+    result = run(
+        *plain,
+        "--epochs",
+        "1",
+        "--img-size",
+        "8",
+        "--model-kwargs",
+        "block_args={'attn_layer':'se'}",
+        "--output",
+        tmp_path / "se",
+    )
     assert result.code == 0 and rows(tmp_path / "se")[-1]["health"] is None, result
     assert any(".se." in key for key in weights(tmp_path / "se" / "last"))
     refused("finetune", "--cbam2", "gat=sigmoid", words=("gat", "Did you mean gate"))
@@ -196,7 +206,7 @@ def test_streaming(run, start_group, digits, tmp_path):
     pytest.importorskip("torchdata")
     pixels, labels = digits
     kind = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list("0123456789"))})
-    for name, start, stop in (("train-0", 0, 70), ("train-1", 70, 140), ("validation-0", 140, 173)):
+    for name, start, stop in (("train-0", 0, 35), ("train-1", 35, 70), ("validation-0", 70, 103)):
         part = {"image": [Image.fromarray(p) for p in pixels[start:stop]], "label": labels[start:stop].tolist()}
         datasets.Dataset.from_dict(part, features=kind).to_parquet(tmp_path / "data" / f"{name}.parquet")
     args = ("finetune", "--data", tmp_path / "data", "--streaming", "--model", "resnet20_cbam2", "--img-size", "8")
@@ -204,12 +214,12 @@ def test_streaming(run, start_group, digits, tmp_path):
     result = run(*args, "--output", tmp_path / "one")
     assert result.code == 0, result
     assert [row["val_images"] for row in rows(tmp_path / "one")] == [33, 33]
-    assert [row["step"] for row in rows(tmp_path / "one")] == [17, 34]
+    assert [row["step"] for row in rows(tmp_path / "one")] == [8, 16]
     both = [p.wait() for p in start_group(2, *args, "--output", tmp_path / "two")]
     assert {r.code for r in both} == {0}, both
     assert [row["val_images"] for row in rows(tmp_path / "two")] == [33, 33]
     (checkpoint,) = (tmp_path / "one" / "checkpoints").iterdir()
-    assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == 34
+    assert json.loads((checkpoint / "checkpoint.json").read_text())["step"] == 16
     result = run("finetune", "--resume", tmp_path / "one", "--epochs", "3")
     assert result.code == 0 and "--epochs was 2 and is now 3" in result.out, result
     assert [row["epoch"] for row in rows(tmp_path / "one")] == [1, 2, 3]

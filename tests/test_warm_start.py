@@ -1,8 +1,6 @@
 """timm's own weights under attention at identity: the twin's logits bit for bit, and nothing silently random."""
 
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -176,12 +174,11 @@ def test_a_checkpoint_of_our_own_stays_strict(name, tmp_path):
                 timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **kwargs)
 
 
-def run(code, home):
-    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+def offline(home):
+    return {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
 
 
-def test_tags_load_from_timms_repository(folders, tmp_path):
+def test_tags_load_from_timms_repository(script, folders, tmp_path):
     twin, folder = folders["resnet18"]
     add_to_cache(folder, tmp_path, "timm/resnet18.a2_in1k")
     save_file({"logits": twin(images()).detach()}, tmp_path / "logits.safetensors")
@@ -191,20 +188,20 @@ def test_tags_load_from_timms_repository(folders, tmp_path):
         "x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))\n"
         f"print(torch.equal(model(x), load_file({str(tmp_path / 'logits.safetensors')!r})['logits']))"
     )
-    result = run(code, tmp_path)
-    assert result.stdout.strip() == "True", result.stderr
+    result = script(code, env=offline(tmp_path))
+    assert result.out.strip() == "True", result.err
 
 
 @pytest.mark.parametrize("name", ["resnet50_cbam2", "convnext_atto_cbam2.from_d2_in1k"])
-def test_offline_with_nothing_cached_is_one_clear_sentence(name, tmp_path):
+def test_offline_with_nothing_cached_is_one_clear_sentence(script, name, tmp_path):
     code = (
         "import timm, timm_cbam2\nmodel = None\n"
         f"try: model = timm.create_model({name!r}, pretrained=True)\n"
         "except RuntimeError as error: print(error)\nassert model is None"
     )
-    result = run(code, tmp_path)
-    assert result.returncode == 0, result.stderr
-    message = result.stdout.strip()
+    result = script(code, env=offline(tmp_path))
+    assert result.code == 0, result.err
+    message = result.out.strip()
     assert "\n" not in message and "could not be fetched from timm/" in message and "pretrained=False" in message
 
 

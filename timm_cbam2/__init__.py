@@ -1,24 +1,33 @@
 """CBAM2 attention for timm's ResNets and ConvNeXts; importing it registers them with timm and transformers."""
 
+import gc
 import os
 import warnings
 from importlib import import_module
 from typing import Any
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForImageClassification,
-    TimmWrapperImageProcessor,
-)
+# Importing torch and transformers makes hundreds of thousands of objects and no garbage to speak of: looking for it,
+# again and again, would take a fifth of the time.
+_collects = gc.isenabled()
+gc.disable()
+try:
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+        TimmWrapperImageProcessor,
+    )
 
-from .cbam2 import Cbam2, CbamAttention, ChannelAttn, SpatialAttn, record_attention, resolve_options
-from .configuration_cbam2 import Cbam2Config
-from .convnext_cbam2 import ConvNeXtCbam2
-from .modeling_cbam2 import Cbam2Backbone, Cbam2ForImageClassification, Cbam2Model
-from .resnet_cbam2 import CifarResNet, CifarResNetCbam2, ResNetCbam2
+    from .cbam2 import Cbam2, CbamAttention, ChannelAttn, SpatialAttn, record_attention, resolve_options
+    from .configuration_cbam2 import Cbam2Config
+    from .convnext_cbam2 import ConvNeXtCbam2
+    from .modeling_cbam2 import Cbam2Backbone, Cbam2ForImageClassification, Cbam2Model
+    from .resnet_cbam2 import CifarResNet, CifarResNetCbam2, ResNetCbam2
+finally:
+    if _collects:
+        gc.enable()
 
 __version__ = "0.1.0"
 

@@ -37,7 +37,7 @@ def enable_cpu_kernel() -> None:
     """
     if not hasattr(torch.ops.timm_cbam2_cpu, "squeeze"):
         capability = torch.backends.cpu.get_cpu_capability()
-        flags = ["-O3", "-fopenmp-simd", *FLAGS.get(capability, [])]
+        flags = ["-O3", "-fopenmp", *FLAGS.get(capability, [])]
         made_of = [SOURCE.read_text(encoding="utf-8"), *flags, torch.__version__, capability]
         key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()

@@ -143,6 +143,8 @@ def run_commands(*functions: Callable[..., Any], help: str | None = None) -> NoR
     ours (with its traceback).
     """
     global _arguments
+    # What was imported stays: garbage collection, also the one at exit, need not look through all of it again.
+    gc.freeze()
     _arguments = sys.argv[1:] if len(functions) == 1 else sys.argv[2:]
     options = {"context_settings": {"help_option_names": ["-h", "--help"]}}
     app = typer.Typer(help=help, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, **options)

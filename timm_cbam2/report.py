@@ -139,10 +139,13 @@ def plain(text: str) -> str:
 
 def figure_bytes(figure: Any) -> bytes:
     """A figure as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     buffer = io.BytesIO()
+    figure.set_dpi(120)
     with warnings.catch_warnings():  # names in scripts that the font lacks are boxes in the picture
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(buffer, format="png", dpi=120)
+        FigureCanvasAgg(figure).print_png(buffer)  # the same picture as savefig, which draws it twice
     return buffer.getvalue()
 
 
