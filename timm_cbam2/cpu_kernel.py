@@ -69,11 +69,10 @@ def _build(library: Path, flags: list[str]) -> None:
     """Build and load it. It appears under its name when it is whole, so that a killed build leaves nothing to wait
     for, as torch's own lock would."""
     log = logging.getLogger("torch.utils.cpp_extension")
-    level = log.level
-    log.setLevel(logging.ERROR)  # importing it warns where CUDA has no device, which does not matter here
+    log.disabled = True  # importing it warns where CUDA has no device, which does not matter here
     from torch.utils import cpp_extension
 
-    log.setLevel(level)
+    log.disabled = False
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="timm_cbam2_cpu-") as folder:
