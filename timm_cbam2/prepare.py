@@ -15,6 +15,7 @@ from .cached import CachedImages
 from .data import ImageDataset, Images, data_config, find_images, make_loader
 from .errors import UserError, one_line
 from .launch import usable_cpus
+from .passes_cbam2 import kernel_in_use
 from .settings import DEFAULT_LR, OF_THE_CALL
 from .stream import StreamedImages, find_stream, make_stream_loader
 from .twins_cbam2 import WARM_START
@@ -161,7 +162,7 @@ def fingerprint(images: Images) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries whose change may change a number."""
+    """Of the libraries whose change may change a number, and which code the blocks run."""
     import accelerate
 
     from . import __version__
@@ -171,6 +172,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "accelerate": accelerate.__version__,
+        "CPU kernel": "on" if kernel_in_use() else "off",
     }
 
 
