@@ -20,7 +20,7 @@ from . import passes_cbam2
 
 __all__ = ["cpu_kernel", "disable_cpu_kernel", "enable_cpu_kernel"]
 
-SOURCE = Path(__file__).parent / "csrc" / "cbam2_cpu.cpp"
+SOURCES = Path(__file__).parent / "csrc"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 FLAGS = {"AVX2": AVX2, "AVX512": AVX2}  # by torch's name for what the processor can do
 
@@ -38,7 +38,8 @@ def enable_cpu_kernel() -> None:
     if not hasattr(torch.ops.timm_cbam2_cpu, "squeeze"):
         capability = torch.backends.cpu.get_cpu_capability()
         flags = ["-O3", "-fopenmp", *FLAGS.get(capability, [])]
-        made_of = [SOURCE.read_text(encoding="utf-8"), *flags, torch.__version__, capability]
+        texts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())]
+        made_of = [*texts, *flags, torch.__version__, capability]
         key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
         library = root / f"timm_cbam2_cpu-{key}.so"
@@ -77,7 +78,11 @@ def _build(library: Path, flags: list[str]) -> None:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="timm_cbam2_cpu-") as folder:
             cpp_extension.load(
-                "cbam2_cpu", [str(SOURCE)], extra_cflags=flags, build_directory=folder, is_python_module=False
+                "cbam2_cpu",
+                [str(SOURCES / "cbam2_cpu.cpp")],
+                extra_cflags=flags,
+                build_directory=folder,
+                is_python_module=False,
             )
             os.replace(Path(folder) / "cbam2_cpu.so", library)
     except (RuntimeError, OSError, ImportError) as error:
