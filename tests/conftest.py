@@ -82,7 +82,7 @@ def _scripts(python):
     server = Server(python, LIBRARIES, {name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
 
     def call(code, *args, cwd=None, env=None):
-        return server.start("-c", code, *args, cwd=cwd, env=dict(env or os.environ), add=False).wait()
+        return server.start("-c", code, *args, cwd=cwd, env=dict(env or os.environ), add=False, brief=True).wait()
 
     yield call
     server.close()
