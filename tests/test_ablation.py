@@ -32,7 +32,7 @@ questions:
 @pytest.fixture
 def ablation(start_python, tmp_path):
     """`ablation(*args)` starts `python -m timm_cbam2.ablation ARGS`, at the head of a process group of its own."""
-    return partial(start_python, "-m", "timm_cbam2.ablation", cwd=tmp_path)
+    return partial(start_python, "-m", "timm_cbam2.ablation", cwd=tmp_path, brief=True)
 
 
 def finish(process):

@@ -165,7 +165,7 @@ def test_upload_a_picture_move_the_slider_download(page, run, small_run, tmp_pat
     assert Image.open(tmp_path / "picture.png").width > 800
 
 
-def test_switch_and_compare_models(page):
+def test_switch_and_compare_models_and_press_twice(page):
     page.locator(".gallery button, .gallery-item").first.click()  # an example
     page.locator("#first .answer").first.wait_for()
     choose(page, "Model", "resnet20_cbam2")
@@ -179,10 +179,9 @@ def test_switch_and_compare_models(page):
     page.locator("#second").wait_for(state="hidden")
     assert page.locator("#first").is_visible()
 
-
-def test_pressing_twice_quickly(page):
-    upload(page, CAT)
-    page.locator("#first .answer").first.wait_for()
+    # Pressing twice quickly.
+    choose(page, "Model", "run")
+    wait_for_text(page, "#first .answers", "digit")
     before = page.locator("#first .answers").inner_text()
     button = page.get_by_role("button", name="Look")
     button.dblclick()
@@ -205,7 +204,7 @@ def bomb(side=30_000):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
-def test_what_is_no_picture_is_refused(page, tmp_path, truncate):
+def test_what_is_no_picture_and_no_model_is_refused(page, tmp_path, truncate):
     page.locator(".gallery button, .gallery-item").first.click()  # an example, which stands there before
     page.locator("#first .answer").first.wait_for()
     (tmp_path / "text.png").write_text("hello\n" * 50)
@@ -223,10 +222,7 @@ def test_what_is_no_picture_is_refused(page, tmp_path, truncate):
     page.locator("#first .answer").first.wait_for()
     assert page.locator("#message .message").count() == 0
 
-
-def test_other_models_are_typed_but_never_paths(page):
-    upload(page, CAT)
-    page.locator("#first .answer").first.wait_for()
+    # Other models are typed, but are never paths.
     for name, words in (
         ("resnet5O_cbam2", "resnet50_cbam2"),
         ("/etc", "the zoo tab lists them"),

@@ -80,7 +80,9 @@ def test_the_reference_test_can_fail():
 @pytest.mark.parametrize("maps", MAPS, ids=str)
 @pytest.mark.parametrize("fusion", ["router", "static", "sum"])
 def test_gradcheck(fusion, maps):
-    block = make_block(3, fusion=fusion, gate="unit_sigmoid", mlp_bias=True, rd_channels=2, router_channels=4, **maps)
+    """With few kernels: each weight costs two passes, and test_gradients_equal_the_reference has them all."""
+    few = dict(gate="unit_sigmoid", mlp_bias=True, rd_channels=2, router_channels=4, kernel_sizes=(3,))
+    block = make_block(3, fusion=fusion, **few, **maps)
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
     names = [name for name, _ in block.named_parameters()]
 

@@ -4,8 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -155,15 +153,15 @@ def test_what_the_kernel_cannot_serve_goes_without(kernel):
     assert torch.autograd.grad(first.square().sum(), x)[0].abs().sum() > 0
 
 
-def test_by_the_environment_and_without_a_compiler(built, environment, tmp_path):
+def test_by_the_environment_and_without_a_compiler(built, script, environment, tmp_path):
     program = "import timm_cbam2; from timm_cbam2 import passes_cbam2; print(passes_cbam2._kernel is not None)"
     on = {**environment, "TIMM_CBAM2_CPU_KERNEL": "1"}
-    result = subprocess.run([sys.executable, "-c", program], env=on, capture_output=True, text=True)
-    assert (result.stdout, result.stderr) == ("True\n", "")
+    result = script(program, env=on)
+    assert (result.out, result.err) == ("True\n", "")
     bare = {**on, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "none"), "CXX": "no-such-compiler"}
-    failed = subprocess.run([sys.executable, "-c", program], env=bare, capture_output=True, text=True)
-    assert (failed.returncode, failed.stdout) == (0, "False\n")
-    assert failed.stderr.count("the CPU kernel cannot be built") == 1 and "Traceback" not in failed.stderr
+    failed = script(program, env=bare)
+    assert (failed.code, failed.out) == (0, "False\n")
+    assert failed.err.count("the CPU kernel cannot be built") == 1 and "Traceback" not in failed.err
     assert os.listdir(tmp_path / "none") == []
 
 

@@ -60,16 +60,16 @@ def test_every_kind_of_image_and_file_name(run, small_run, digits, tmp_path):
     """Drawn beside the images themselves, whose files stay as they are."""
     folder, _ = small_run
     grey = Image.fromarray(digits[0][0]).resize((40, 30))
-    kinds = {"wide.png": grey.resize((300, 9)), "tall.bmp": grey.resize((5, 200)), "one.png": grey.resize((1, 1))}
-    kinds |= {"alpha.png": grey.convert("RGBA"), "palette.gif": grey.convert("P"), "print.jpg": grey.convert("CMYK")}
-    kinds |= {"a.png": grey, "a.jpg": grey, "a-2.png": grey, 'a"><b>$x$ ä.png': grey}
+    kinds = {"wide.png": grey.resize((300, 9)), "tall.bmp": grey.resize((5, 200)), "palette.gif": grey.convert("P")}
+    kinds |= {"a.png": grey.convert("RGBA"), "a.jpg": grey.convert("CMYK"), "a-2.png": grey.resize((1, 1))}
+    kinds |= {'a"><b>$x$ ä.png': grey}
     for name, image in kinds.items():
         image.save(tmp_path / name)
     before = {name: (tmp_path / name).read_bytes() for name in kinds}
     result = run("explain", folder, *sorted(tmp_path / name for name in kinds), "-o", tmp_path)
-    assert result.code == 0 and "10 pictures" in result.out, result
+    assert result.code == 0 and "7 pictures" in result.out, result
     assert before == {name: (tmp_path / name).read_bytes() for name in kinds}
-    assert len(list(tmp_path.glob("*.npz"))) == 10
+    assert len(list(tmp_path.glob("*.npz"))) == 7
     index = (tmp_path / "index.html").read_text()
     assert "<b>$x$" not in index and "&lt;b&gt;$x$ ä.png</b>" in index
     for address in re.findall(r'(?:src|href)="([^"]*)"', index):

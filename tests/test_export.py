@@ -31,7 +31,7 @@ def test_reparameterized_has_one_stored_convolution_and_equal_logits(name):
 
 
 def test_torch_export_of_any_batch_and_size(tmp_path):
-    network = model("test_convnext_cbam2", depths=(1, 1, 1, 1))
+    network = model("test_convnext_cbam2", depths=(1, 1, 1, 1), cbam2_stages=[0, 3])
     assert export_pt2(network, tmp_path / "m.pt2", (3, 64, 64)) < 1e-4
     x = torch.randn(5, 3, 96, 128)
     with torch.no_grad():
@@ -86,7 +86,7 @@ class Unscriptable(torch.nn.Module):
 
 
 def test_what_torch_refuses_is_said_in_one_line(tmp_path):
-    small = model("test_convnext_cbam2")
+    small = model("test_convnext_cbam2", depths=(1, 1, 1, 1))
     for network, write, side, says in (
         (small, export_pt2, 16, "cannot trace this model with images of 16x16.*--img-size: .*Kernel size"),
         (small, export_torchscript, 16, "was not written: images of shape .*16, 16.* Kernel size"),

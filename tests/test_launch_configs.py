@@ -4,8 +4,6 @@ GPUs, FSDP and DeepSpeed are not run here.
 """
 
 import json
-import subprocess
-import sys
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
@@ -16,23 +14,16 @@ from timm_cbam2.settings import RECIPES
 FOLDER = RECIPES / "accelerate"
 
 
-def test_two_processes_on_cpus(environment, write_folder, quick, tmp_path):
+def test_two_processes_on_cpus(start_python, write_folder, quick, tmp_path):
     """They measure every image once and write one run folder."""
     data = write_folder(tmp_path / "images", count=11)  # 27 to train on, 6 held out: nothing divides evenly
-    launch = ["-m", "accelerate.commands.launch", "--config_file", FOLDER / "cpu_2.yaml", "-m", "timm_cbam2.finetune"]
-    result = subprocess.run(
-        [sys.executable, *launch, "--cpu", "--data", data, *quick, "--output", "run"],
-        cwd=tmp_path,
-        env={**environment, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert result.returncode == 0, result
+    launch = ("-m", "accelerate.commands.launch", "--config_file", FOLDER / "cpu_2.yaml", "-m", "timm_cbam2.finetune")
+    result = start_python(*launch, "--cpu", "--data", data, *quick, "--output", "run", cwd=tmp_path).wait()
+    assert result.code == 0, result
     assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["val_images"] for row in rows] == [6, 6]
-    assert result.stdout.count("done in") == 1
+    assert result.out.count("done in") == 1
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def online(hub, environment, tmp_path_factory):
     server = Server(sys.executable, [*MODULES, "timm_cbam2.push"], env)
 
     def call(*args, **env):
-        return server.start("-c", COMMAND, *args, cwd=home, env=env)
+        return server.start("-c", COMMAND, *args, cwd=home, env=env, brief=True)
 
     yield call
     server.close()

@@ -1,16 +1,13 @@
-"""Options whose effect is seen in what a run says and writes: early stopping, the cheap mode, senseless numbers."""
+"""Options whose effect is seen in what a run says and writes: early stopping, senseless numbers."""
 
 import importlib.util
 import json
 import math
 
 import pytest
-import timm
 
-import timm_cbam2  # noqa: F401
 from timm_cbam2.errors import UserError
 from timm_cbam2.finetune import finetune
-from timm_cbam2.optimise import freeze
 
 
 def rows(folder):
@@ -26,21 +23,6 @@ def test_patience(run, small_run, tmp_path):
     assert [row["epoch"] for row in rows(tmp_path / "run")] == [1, 2, 3]
     result = run("finetune", "--resume", tmp_path / "run")  # it stays stopped
     assert result.code == 0 and len(rows(tmp_path / "run")) == 3, result
-
-
-def test_attention_only_says_what_it_trains(run, small_run, quick, tmp_path):
-    args = ("finetune", "--data", small_run[1], *quick, "--pretrained", "--train", "attention", "--epochs", "1")
-    result = run(*args, "--output", tmp_path / "run")
-    assert result.code == 0, result
-    network = timm.create_model("resnet20_cbam2", num_classes=3)
-    everything = sum(p.numel() for p in network.parameters())
-    trained = freeze(network, "attention")
-    text = f"attention: {trained:,} of {everything:,} parameters trained, {100 * trained / everything:.1f} %"
-    begun, ended = [line for line in result.out.splitlines() if text in line]
-    assert (
-        begun.startswith("resnet20_cbam2: ")
-        and ended == f"{text}; {rows(tmp_path / 'run')[-1]['images_per_second']:.0f} images/s"
-    )
 
 
 def test_senseless_numbers(refused):

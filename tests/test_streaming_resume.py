@@ -40,14 +40,14 @@ def write_shards(tmp_path_factory):
     return write
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, workers):
     """Interrupted after any batch, the rest of the epoch and the next one are what they would have been."""
     monkeypatch.setattr(stream, "SHUFFLE_BUFFER", 12)  # several blocks in each share
     config = data_config(timm.create_model("resnet20"), 8)
     mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    for folder, total in ((write_shards(train=[40] * 4, validation=[3]), 160), (write_shards(train=[40] * 4), 120)):
+    cases = [(write_shards(train=[40] * 4, validation=[3]), 160), (write_shards(train=[40] * 4), 120)]
+    for folder, total in cases[:1] if workers else cases:  # starting the workers takes its time
         samples = stream.find_stream(str(folder), None, None, "0.25").splits["train"]  # without a val split, filtered
 
         def loader_of(process, samples=samples):
@@ -67,7 +67,7 @@ def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, w
                 epochs.append(numbers(whole))
                 seen[epoch - 1] += epochs[-1]
             assert epochs[0] != sorted(epochs[0]) and epochs[0] != epochs[1]
-            for done in (1, 7, total // processes // 5 - 1):
+            for done in (7,) if workers else (1, 7, total // processes // 5 - 1):
                 broken, dataset = loader_of(process)
                 dataset.set_epoch(1)
                 batches = iter(broken)
@@ -98,10 +98,11 @@ def rows(folder):
 @pytest.mark.parametrize("processes, workers", [(1, 1), (2, 0)])
 def test_killed_in_the_middle_of_an_epoch(start, start_group, refused, write_shards, tmp_path, processes, workers):
     """The metrics and the weights at the end are those of a run that nothing interrupted."""
-    data = write_shards(train=[26, 26], validation=[5])
+    data = write_shards(train=[14 * processes] * 2, validation=[5])
     args = ("finetune", "--data", data, *ARGS, "--batch-size", "4", "--workers", workers, "--epochs", "2")
     args += ("--model-kwargs", "drop_path_rate=0.2", "--augment", "standard", "--resume", "auto")
-    for result in [p.wait() for p in launched(start, start_group, processes, *args, "--output", tmp_path / "whole")]:
+    whole = (*args, "--save-every", "never", "--output", tmp_path / "whole")
+    for result in [p.wait() for p in launched(start, start_group, processes, *whole)]:
         assert result.code == 0, result
     folder = tmp_path / "run"
     running = launched(start, start_group, processes, *args, "--output", folder)

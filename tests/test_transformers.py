@@ -273,7 +273,7 @@ def test_dtype_and_device_map(saved, images, tmp_path):
 
 def test_compile(images):
     model = AutoModelForImageClassification.from_config(Cbam2Config(architecture="test_resnet_cbam2")).eval()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")  # what comes after the graph: test_compile.py
     with torch.no_grad():
         torch.testing.assert_close(compiled(images).logits, model(images).logits)
         assert len(compiled(images, output_attentions=True).attentions) > 3
