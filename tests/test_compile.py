@@ -10,6 +10,7 @@ import shutil
 import pytest
 import timm
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from randomise import randomise
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -104,6 +105,7 @@ def test_only_what_is_marked_dynamic_varies():
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@torch._inductor.config.patch(compile_threads=1)  # its pool of processes takes longer to start than to compile this
 def test_inductor(training):
     """Inference of any batch and size, training of any batch: torch 2.14's inductor cannot order the strides of what a
     backward keeps (`cannot determine truth value of Relational`) when height and width are free too."""

@@ -61,7 +61,8 @@ def _bars(axis: Any, case: dict[str, Any], kind: str) -> None:
         axis.errorbar(
             middle, place, xerr=[[middle - low], [top - middle]], color="#333333", linewidth=1, capsize=2, zorder=4
         )
-        text = f"{middle:.2f}   {1e3 * found['seconds']:.3g} ms"
+        milliseconds = 1e3 * found["seconds"]
+        text = f"{middle:.2f}   {milliseconds:.{0 if milliseconds >= 100 else 1}f} ms"
         axis.text(0.02, place, text, va="center", fontsize=7, color="black", zorder=5)
     axis.set_xlim(0, 1.05 * high)
     axis.tick_params(axis="x", labelsize=7)

@@ -56,7 +56,8 @@ def save(
     """
     from accelerate.utils import extract_model_from_parallel
 
-    model = extract_model_from_parallel(model, keep_fp32_wrapper=False, keep_torch_compile=False)
+    # keep_fp32_wrapper=False would take mixed precision from the model itself, and its training go on in fp32.
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label_names given, but the model has {model.num_classes} classes")
     with whole(Path(folder)) as temporary:
