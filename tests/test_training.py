@@ -253,6 +253,29 @@ def test_speed_options_and_trackers(run, refused, images, quick, tmp_path):
     refused("finetune", "--data", images, "--auto-augment", "rnd", "--img-size", "8", words=("rnd",))
 
 
+MIXED = """
+import sys, timm, timm_cbam2, torch
+from accelerate import Accelerator
+seen = []
+network = Accelerator(cpu=True, mixed_precision="bf16").prepare(timm.create_model("test_resnet_cbam2"))
+network.layer1[0].conv1.register_forward_hook(lambda module, args, out: seen.append(str(out.dtype)))
+images = torch.randn(2, 3, 32, 32)
+network(images)
+timm_cbam2.save(network, sys.argv[1])
+network(images)
+copy = timm.create_model(f"local-dir:{sys.argv[1]}", pretrained=True)
+copy.layer1[0].conv1.register_forward_hook(lambda module, args, out: seen.append(str(out.dtype)))
+copy(images)
+print(*seen)
+"""
+
+
+def test_saving_leaves_mixed_precision_as_it_is(script, environment, tmp_path):
+    """Every epoch saves a model: what is trained stays under autocast, what is saved is not."""
+    done = script(MIXED, tmp_path / "model", env=environment, cwd=tmp_path)
+    assert done.out.split() == ["torch.bfloat16", "torch.bfloat16", "torch.float32"], done
+
+
 def test_health_tells_collapse_and_saturation():
     torch.manual_seed(0)
     network = timm.create_model("resnet20_cbam2")
