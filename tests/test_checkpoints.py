@@ -43,9 +43,11 @@ def shipped(tmp_path_factory):
 
 def test_make_and_verify(shipped, tmp_path):
     verify(shipped)
-    names = {"README.md", "SHA256SUMS", "config.json", "example.safetensors", "model.safetensors"}
+    names = {"README.md", "SHA256SUMS", "config.json", "example.safetensors", "model.safetensors", "training.jsonl"}
     assert {file.name for file in shipped.iterdir()} == names
+    assert json.loads((shipped / "training.jsonl").read_text())["val_accuracy"] == 0.5
     card = (shipped / "README.md").read_text()
+    assert "timm-cbam2 finetune --data things.parquet --model resnet20_cbam2 --epochs 2" in card
     assert "value: 50.0" in card and "things" in card and str(shipped.parent.parent) not in card
     copy = shutil.copytree(shipped, tmp_path / shipped.name)
     (copy / "README.md").write_text("changed")

@@ -19,11 +19,13 @@ from .card import card
 from .cbam2 import resolve_options
 from .errors import UserError, one_line, run_commands
 from .hub import check_folder, whole
+from .run_report import command
 
 __all__ = ["make", "ship", "verify"]
 
 SUMS = "SHA256SUMS"
 EXAMPLE = "example.safetensors"
+LOG = "training.jsonl"
 TOLERANCE = dict(rtol=1e-3, atol=1e-4)  # between machines; the same machine gives the same bits
 
 
@@ -36,7 +38,8 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
         root: Where to.
 
     Returns:
-        The folder, which holds config.json, model.safetensors, README.md, an input with its logits, and SHA256SUMS.
+        The folder, which holds config.json, model.safetensors, README.md, an input with its logits, and SHA256SUMS;
+        and, of a run, the measurements of each epoch.
 
     Raises:
         ValueError: The model is damaged, of another architecture, or has options that its name does not tell.
@@ -53,7 +56,11 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
     with whole(Path(root) / name) as folder:
         shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(card(source, f"user/{name}"), encoding="utf-8")
+        text = card(source, f"user/{name}")
+        if (source.parent / "run.json").is_file():
+            text += f"\n## Command\n\n```bash\n{_command(source.parent)}\n```\n\nEach epoch's figures are in {LOG}.\n"
+            shutil.copyfile(source.parent / "metrics.jsonl", folder / LOG)
+        (folder / "README.md").write_text(text, encoding="utf-8")
         images = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
         save_file({"input": images, "logits": _answer(folder, images)}, folder / EXAMPLE)
         lines = [f"{_sha256(file)}  {file.name}" for file in sorted(folder.iterdir())]
@@ -84,6 +91,12 @@ def verify(folder: str | Path) -> None:
     if not torch.allclose(logits, example["logits"], **TOLERANCE):
         gap = (logits - example["logits"]).abs().max().item()
         raise ValueError(f"{folder} gives other logits than when it was shipped (by up to {gap:.3g})")
+
+
+def _command(run: Path) -> str:
+    """The command line of a run, without the place where its images lay."""
+    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    return command({**settings, "data": Path(settings["data"]).name})
 
 
 def _answer(folder: Path, images: Tensor) -> Tensor:
