@@ -36,6 +36,10 @@ def test_evaluate_on_other_images(run, small_run, write_folder, tmp_path):
     numbers = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert numbers["split"] == "all" and numbers["images"] == 14
     assert [sum(row) for row in numbers["confusion"]] == [7, 0, 7]
+    held = ("--val-split", "last:5", "--output", tmp_path / "held")
+    assert run("evaluate", small_run[0] / "last", "--data", other, *held).code == 0
+    numbers = json.loads((tmp_path / "held" / "evaluation.json").read_text())
+    assert numbers["split"] == "val" and [sum(row) for row in numbers["confusion"]] == [0, 0, 5]
 
 
 def test_evaluate_mistakes(refused, small_run, write_folder, tmp_path):

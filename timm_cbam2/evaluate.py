@@ -135,6 +135,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run or model folder, hf-hub: id, or name.")],
     data: Annotated[str | None, typer.Option(help="As for finetune; for a run, its own data.")] = None,
     split: Annotated[str | None, typer.Option(help="train, val, test or all; val where there is one.")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Images to hold out as val, as for finetune.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
     workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
@@ -162,8 +163,8 @@ def evaluate(
         image_column or settings.get("image_column"),
         label_column or settings.get("label_column"),
     )
-    if own:
-        images = images.with_val(run["val_split"])
+    if own or val_split is not None:
+        images = images.with_val(run["val_split"] if val_split is None else val_split)
     split = split or next(s for s in ("val", "test", "all", "train") if s in images.splits)
     if split not in images.splits:
         raise UserError(f"--split {split}: {images.name} has {', '.join(images.splits)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import Annotated
@@ -58,7 +59,10 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         text = card(source, f"user/{name}")
         if (source.parent / "run.json").is_file():
-            text += f"\n## Command\n\n```bash\n{_command(source.parent)}\n```\n\nEach epoch's figures are in {LOG}.\n"
+            text += (
+                f"\n## Commands\n\nTo train it, and to measure it again; {LOG} has each epoch's figures.\n\n"
+                f"```bash\n{_commands(source.parent, name)}\n```\n"
+            )
             shutil.copyfile(source.parent / "metrics.jsonl", folder / LOG)
         (folder / "README.md").write_text(text, encoding="utf-8")
         images = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
@@ -93,10 +97,13 @@ def verify(folder: str | Path) -> None:
         raise ValueError(f"{folder} gives other logits than when it was shipped (by up to {gap:.3g})")
 
 
-def _command(run: Path) -> str:
-    """The command line of a run, without the place where its images lay."""
+def _commands(run: Path, name: str) -> str:
+    """The command lines that train and measure a model, without the place where its images lay."""
     settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return command({**settings, "data": Path(settings["data"]).name})
+    data = Path(settings["data"]).name
+    held = ["--val-split", settings["val_split"]] if settings.get("val_split") else []
+    measure = shlex.join(["timm-cbam2", "evaluate", name, "--data", data, *held])
+    return f"{command({**settings, 'data': data})}\n{measure}"
 
 
 def _answer(folder: Path, images: Tensor) -> Tensor:
