@@ -44,7 +44,7 @@ class _Small(NamedTuple):
 def _spatial_mask(block: nn.Module, maps: Sequence[torch.Tensor], shared: Any, convolve: Any) -> torch.Tensor:
     if convolve is not None or (maps[0].device.type == "cpu" and torch.backends.mkldnn.is_available()):
         return block.spatial.mask_of_mixed(*maps, *shared, convolve)
-    return block.spatial.mask_of(*maps, *shared)[0]
+    return block.spatial.mask_of(torch.stack(list(maps), 1), *shared)[0]
 
 
 @functools.lru_cache(64)

@@ -134,20 +134,19 @@ class SpatialAttn(nn.Module):
         return self.router(pooled)
 
     def mask_of(
-        self, avg: torch.Tensor, largest: torch.Tensor, kernel: torch.Tensor, place: Optional[torch.Tensor]
+        self, maps: torch.Tensor, kernel: torch.Tensor, place: Optional[torch.Tensor]
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, H, W) and the router weights (B, K) of the average and maximum over channels (B, H, W).
+        """The mask (B, H, W) and the router weights (B, K) of the average and maximum over channels (B, 2, H, W).
 
         `kernel` and `place` are those of `prepare`.
         """
-        batch, height, width = avg.shape
-        maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
+        batch, _, height, width = maps.shape
         weights = self.route(maps)
         z = F.conv2d(maps, kernel, padding=self.footprint // 2)  # (B, K, H, W)
         if place is not None:
             z = z + place
         z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
-        return apply_gate(z / self.temperature(avg.dtype), self.gate), weights
+        return apply_gate(z / self.temperature(maps.dtype), self.gate), weights
 
     @torch.jit.ignore
     def mask_of_mixed(
@@ -158,7 +157,7 @@ class SpatialAttn(nn.Module):
         place: Optional[torch.Tensor],
         convolve: Optional[Callable] = None,
     ) -> torch.Tensor:
-        """The same mask (B, H, W), by mixing the kernels of each sample before convolving.
+        """The same mask (B, H, W) of the average and maximum over channels (B, H, W), by mixing the kernels of each sample before convolving.
 
         `convolve` takes maps (B, 2, H, W) and kernels (B, 2, f, f); without it
         the samples become the channels of one depthwise convolution, which a CPU runs several times faster, and its
@@ -185,7 +184,9 @@ class SpatialAttn(nn.Module):
         """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
         dtype = compute_dtype(y)
         kernel, place = self.prepare(y.shape[2], y.shape[3], dtype)
-        mask, weights = self.mask_of(y.mean(1, dtype=dtype), y.amax(1).to(dtype), kernel, place)
+        # Kept dimensions and `cat`, not `stack`: what is a view inductor cannot keep for a backward of free height and width.
+        maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), y.amax(1, keepdim=True).to(dtype)], 1)
+        mask, weights = self.mask_of(maps, kernel, place)
         return mask.to(y.dtype)[:, None], weights
 
     def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
