@@ -157,12 +157,12 @@ class SpatialAttn(nn.Module):
         place: Optional[torch.Tensor],
         convolve: Optional[Callable] = None,
     ) -> torch.Tensor:
-        """The same mask (B, H, W) of the average and maximum over channels (B, H, W), by mixing the kernels of each sample before convolving.
+        """The same mask (B, H, W), by mixing the kernels of each sample before convolving.
 
-        `convolve` takes maps (B, 2, H, W) and kernels (B, 2, f, f); without it
-        the samples become the channels of one depthwise convolution, which a CPU runs several times faster, and its
-        backward most of all, than a convolution from 2 to K channels. Batch and groups are then one number, which
-        torch.export and torch.compile could not keep free.
+        `avg` and `largest` (B, H, W) are over the channels. `convolve` takes maps (B, 2, H, W) and kernels
+        (B, 2, f, f); without it the samples become the channels of one depthwise convolution, which a CPU runs several
+        times faster, and its backward most of all, than a convolution from 2 to K channels. Batch and groups are then
+        one number, which torch.export and torch.compile could not keep free.
         """
         batch, height, width = avg.shape
         maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
@@ -184,7 +184,8 @@ class SpatialAttn(nn.Module):
         """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
         dtype = compute_dtype(y)
         kernel, place = self.prepare(y.shape[2], y.shape[3], dtype)
-        # Kept dimensions and `cat`, not `stack`: what is a view inductor cannot keep for a backward of free height and width.
+        # Kept dimensions and `cat`, not `stack`: a view is what inductor cannot keep for a backward of free height and
+        # width.
         maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), y.amax(1, keepdim=True).to(dtype)], 1)
         mask, weights = self.mask_of(maps, kernel, place)
         return mask.to(y.dtype)[:, None], weights
