@@ -191,11 +191,11 @@ def test_the_committed_results_are_of_the_committed_grid():
 
 def test_the_position_task_is_about_position_alone():
     images, labels = position.make(320, seed=1)
-    assert np.bincount(labels).tolist() == [20] * 16
+    assert np.bincount(labels).tolist() == [5] * 64
     for image, label in zip(images, labels):
         blue = (image == (0, 0, 255)).all(-1).nonzero()
         rows, columns = np.unique(blue[0]), np.unique(blue[1])
-        assert rows[0] // 8 == rows[-1] // 8 == label // 4 and columns[0] // 8 == columns[-1] // 8 == label % 4
+        assert rows[0] // 4 == rows[-1] // 4 == label // 8 and columns[0] // 4 == columns[-1] // 4 == label % 8
     assert (position.make(320, seed=1)[0] == images).all()
 
 
@@ -204,7 +204,7 @@ def test_the_position_task_can_be_trained_on(tmp_path):
 
     position.write(tmp_path / "task.parquet")
     images = find_images(str(tmp_path / "task.parquet")).with_val("last:1000")
-    assert len(images.splits["train"]) == 4000 and len(images.splits["val"]) == 1000 and len(images.classes) == 16
+    assert len(images.splits["train"]) == 4000 and len(images.splits["val"]) == 1000 and len(images.classes) == 64
 
 
 def test_what_is_folded_is_what_is_stored():

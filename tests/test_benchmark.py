@@ -93,7 +93,7 @@ def test_a_convnext_in_bf16_with_memory_and_compiled_rows(run, tmp_path):
 
     # Memory is of a fresh process: larger for larger images, and without what this one holds.
     ballast = torch.ones(2**29)  # 2 GB, which a child's ru_maxrss would report as its own
-    images = setup("test_convnext_cbam2", 224, batch_size=32)
+    images = setup("test_convnext_cbam2", 224, batch_size=8)
     large = peak_memory(images, VARIANTS["plain"], False)
     assert ballast.numel() * 4 / 2**20 > large
     assert large - peaks["plain"] > images.batch_size * 3 * images.img_size**2 * 4 / 2**20  # its input alone

@@ -14,12 +14,12 @@ from ..errors import UserError, require
 
 __all__ = ["position", "write"]
 
-SIDE, PATCH, CELLS = 32, 4, 4
+SIDE, PATCH, CELLS = 32, 3, 8
 TRAIN, VAL = 4000, 1000
 
 
 def make(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, 32, 32, 3) of bytes, and the cell of a 4 by 4 grid, 0 to 15, in which the patch (4, 4) lies whole.
+    """Images (N, 32, 32, 3) of bytes, and the cell of an 8 by 8 grid, 0 to 63, in which the patch (3, 3) lies whole.
 
     Background and patch are the same in every class and the place within the cell is random, so that nothing but the
     position tells the classes apart.
