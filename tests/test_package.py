@@ -58,7 +58,7 @@ def test_it_runs_the_main_job_elsewhere(wheel, run, tmp_path):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     best = max(row["val_accuracy"] for row in rows)
     assert best >= 0.97
-    assert [row["epoch"] for row in rows] == list(range(1, 6)) and rows[0]["val_images"] == 359
+    assert [row["epoch"] for row in rows] == list(range(1, 7)) and rows[0]["val_images"] == 359
     assert f"best validation accuracy {100 * best:.2f} %" in out
     assert f"timm-cbam2 evaluate {folder.relative_to(tmp_path)}" in out
     settings = json.loads((folder / "run.json").read_text())

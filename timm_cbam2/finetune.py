@@ -35,7 +35,7 @@ def finetune(
         bool | None,
         _option(MODEL, "Start from weights; the default wherever they lie here, and for hf-hub: ids and tags."),
     ] = None,
-    epochs: Annotated[int, _option(OPTIM, "Times that every image is seen.", min=1)] = 5,
+    epochs: Annotated[int, _option(OPTIM, "Times that every image is seen.", min=1)] = 6,
     batch_size: Annotated[int, _option(OPTIM, "Images per step and process.", min=2)] = 32,
     lr: Annotated[float | None, _option(OPTIM, "Peak learning rate; for adamw 2e-3, or 5e-4 if pretrained.")] = None,
     weight_decay: Annotated[float, _option(OPTIM, "Not applied to norms, biases, temperatures.", min=0.0)] = 0.05,
