@@ -17,7 +17,7 @@ from .errors import UserError
 from .evaluate import Predictions, match_classes
 from .explain import Explainer, Explanation
 from .html_parts import bytes_image, colour_scale, pixels_image, table
-from .report import confusion_figure, figure_bytes, write_whole
+from .report import confusion_picture
 from .zoo import class_names, load
 
 __all__ = ["Seen", "confusion_part", "look", "mistakes_part"]
@@ -88,14 +88,15 @@ def _predict(model: nn.Module, samples: Samples, names: list[str], seconds: floa
 
 
 def confusion_part(seen: Seen, known: Tensor | None, path: Path) -> str:
-    """The confusion matrix as HTML, and as a PNG at `path`; `known` holds counts of all images, if there are any."""
+    """The confusion matrix as HTML, and as a PNG at `path`, where that of `known`, counts of all images, is already."""
     names = seen.names
     matrix = seen.found.confusion(len(names)) if known is None else known
     present = (matrix.sum(0) + matrix.sum(1)) > 0 if len(names) > 60 else torch.ones(len(names), dtype=torch.bool)
     kept = present.nonzero().flatten().tolist()
-    figure = confusion_figure(matrix[kept][:, kept], [names[i] for i in kept], f"{int(matrix.sum())} validation images")
-    picture = figure_bytes(figure)
-    write_whole(path, picture)
+    if known is None:
+        title = f"{int(matrix.sum())} validation images"
+        confusion_picture(matrix[kept][:, kept], [names[i] for i in kept], path, title)
+    picture = path.read_bytes()
 
     off = matrix.clone().fill_diagonal_(0)
     pairs = [divmod(i, len(names)) for i in off.flatten().argsort(descending=True, stable=True)[:5].tolist()]

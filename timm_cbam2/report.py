@@ -17,7 +17,6 @@ from torch import Tensor
 __all__ = [
     "MetricsFile",
     "Progress",
-    "confusion_figure",
     "confusion_picture",
     "curves_picture",
     "draw_accuracy",
@@ -209,11 +208,6 @@ def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title:
 
     Up to 20 classes the counts are written in, up to 60 the names.
     """
-    save_figure(confusion_figure(matrix, classes, title), path)
-
-
-def confusion_figure(matrix: Tensor, classes: Sequence[str], title: str) -> Any:
-    """The figure that `confusion_picture` writes."""
     from matplotlib.figure import Figure
 
     count = len(classes)
@@ -235,4 +229,4 @@ def confusion_figure(matrix: Tensor, classes: Sequence[str], title: str) -> Any:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(plain(title), fontsize=11)
-    return figure
+    save_figure(figure, path)

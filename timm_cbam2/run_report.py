@@ -38,7 +38,7 @@ def write_report(folder: str | Path, seconds: float | None = None, confusion: Te
     Args:
         folder: of the run: run.json, metrics.jsonl, and the models best/ or last/.
         seconds: time to look at images, after which those seen so far must do; None means all of them.
-        confusion: counts (K, K) of the best model on all validation images, if they are known.
+        confusion: counts (K, K) of the best model on all validation images, drawn in confusion.png, if they are known.
 
     Returns:
         The file.
