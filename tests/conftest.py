@@ -25,9 +25,10 @@ COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import ma
 # Not what reads the environment while it is imported, such as huggingface_hub.
 LIBRARIES = ("torch", "torchvision", "scipy.optimize")
 LONG = (
-    *("test_package", "test_resume", "test_app", "test_models", "test_readme", "test_ablation", "test_training"),
-    *("test_export", "test_streaming_resume", "test_benchmark", "test_compile", "test_explain", "test_hub"),
-    *("test_transformers", "test_finetune", "test_push_run", "test_cbam2", "test_run_report", "test_cpu_kernel"),
+    *("test_resume", "test_package", "test_app", "test_ablation", "test_models", "test_benchmark", "test_export"),
+    *("test_readme", "test_streaming_resume", "test_training", "test_compile", "test_hub", "test_explain"),
+    *("test_cbam2", "test_transformers", "test_push_run", "test_warm_start", "test_finetune", "test_run_report"),
+    *("test_cli", "test_launch_configs", "test_cpu_kernel", "test_remote_code", "test_evaluate_predict"),
 )
 
 

@@ -246,7 +246,7 @@ def test_a_mistake_on_the_command_line_is_one_line(ablation):
     result = ablation("run", "--question", "control").wait()
     assert (result.out, result.err.splitlines()) == (
         "",
-        ["timm-cbam2: no question is called control; there are controls, position, parts, further, convnext"],
+        ["timm-cbam2: no question is called control; there are controls, sgd, position, parts, further, convnext"],
     )
     assert result.code == 2
 
