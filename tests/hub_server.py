@@ -76,6 +76,7 @@ class Hub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else what follows the head of an answer waits 40 ms
     hub: Hub
 
     def log_message(self, *_):

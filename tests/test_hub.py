@@ -117,9 +117,6 @@ def test_failures_and_the_next_try(script, tmp_path):
         script,
         tmp_path,
         """
-import time
-pause = time.sleep
-time.sleep = lambda seconds: pause(seconds / 20)  # how long the client waits before it tries again is its affair
 os.environ["HF_TOKEN"] = "hf_test"
 commits = 0
 for kind, words in [(401, "does not accept this token"), (403, "may not write to user/m"), (409, "try again"),
