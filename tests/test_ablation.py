@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from randomise import randomise
 from transformers import AutoModelForImageClassification
 
-from timm_cbam2 import Cbam2, save
+from timm_cbam2 import Cbam2, record_attention, save
 from timm_cbam2.ablation import cost, position, routing
 from timm_cbam2.ablation.grid import Job, read_grid
+from timm_cbam2.ablation.masks import KINDS, Moments, averaged, fixed_mask_accuracy
 from timm_cbam2.ablation.results import RESULTS, Results, compare, estimate
 from timm_cbam2.ablation.table import markdown
 from timm_cbam2.errors import UserError
@@ -237,9 +239,43 @@ def test_routing_numbers():
 
 def test_routing_of_a_run(ablation, small_run, tmp_path):
     out = finish(ablation("routing", small_run[0], "-o", "routing.json"))
-    assert "| layer3.2.se | branches |" in out
+    assert "| layer3.2.se | branches |" in out and "- both averaged: " in out
     found = json.loads((tmp_path / "routing.json").read_text())
-    assert len(found) == 9 and all(sum(block["fusion"]["mean"]) == pytest.approx(1) for block in found.values())
+    blocks = found["blocks"].values()
+    assert len(blocks) == 9 and all(sum(block["fusion"]["mean"]) == pytest.approx(1) for block in blocks)
+    assert len(found["accuracy"]) == 4 and found["images"] > 0
+
+
+def test_what_masks_do_between_images():
+    masks = torch.tensor([[0.0, 1.0], [2.0, 1.0]])[:, :, None, None]  # two images, two channels
+    moments = Moments("unit_sigmoid")
+    for image in masks:
+        moments.add(image[None])
+    assert moments.mean.flatten().tolist() == [1, 1]
+    assert moments.summary() == pytest.approx(
+        {"mean": 1.0, "between_samples": 0.5**0.5, "within": 0.0, "low": 0.25, "high": 0.25}
+    )
+
+
+def test_masks_can_be_held_at_their_mean():
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet_cbam2", num_classes=4).eval()
+    randomise(model)
+    images = torch.randn(6, 3, 32, 32)
+    with torch.no_grad():
+        others = model(images[1:])
+        with record_attention(model) as records:
+            own = model(images[:1])
+    means = {name: {"channel": seen.channel_mask, "spatial": seen.spatial_mask} for name, seen in records.items()}
+    with torch.no_grad():
+        for parts in ((), ("channel",), ("spatial",), ("channel", "spatial")):
+            with averaged(model, means, parts):
+                assert torch.allclose(model(images[:1]), own, atol=1e-5)  # its own masks are the ones held
+                same = torch.allclose(model(images[1:]), others, atol=1e-5)
+                assert same == (not parts)  # another image's are not
+    loader = [(images, torch.arange(6) % 4, None)]
+    found = fixed_mask_accuracy(model, loader, means)
+    assert set(found) == set(KINDS) and all(0 <= share <= 1 for share in found.values())
 
 
 def test_a_mistake_on_the_command_line_is_one_line(ablation):

@@ -1,4 +1,4 @@
-"""Is the routing alive? What fusion and branch weights do over a whole validation set, between samples and classes."""
+"""Is the attention alive? What routers and masks do over a validation set, and what reacting to the image is worth."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from ..cbam2 import is_cbam2, record_attention
 from ..data import ImageDataset, data_config, find_images, make_loader
 from ..errors import UserError
 from ..zoo import load, run_settings
+from .masks import Moments, fixed_mask_accuracy
 
 __all__ = ["measure", "routing", "summary"]
 
+PARTS = ("channel", "spatial")
 DEAD = 0.05  # a choice whose weight stays below this for 99 % of the images plays no part
 
 
@@ -51,27 +53,40 @@ def summary(weights: Tensor, labels: Tensor) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, loader: Any) -> dict[str, dict[str, Any]]:
-    """For each CBAM2 block of `model` by name: `fusion` (None unless routed) and `branches`, see `summary`."""
+def measure(model: nn.Module, loader: Any) -> dict[str, Any]:
+    """
+    Returns:
+        `blocks`: for each CBAM2 block of `model` by name, `fusion` (None unless routed) and `branches`, see `summary`,
+        `channel` and `spatial`, see `Moments.summary`; `accuracy`: see `fixed_mask_accuracy`.
+    """
     model.eval()
-    seen: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    weights: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
+    blocks = {name: module for name, module in model.named_modules() if is_cbam2(module)}
+    masks = {n: {part: Moments(getattr(block, part).gate) for part in PARTS} for n, block in blocks.items()}
     labels = []
     with record_attention(model) as records:
         for images, targets, _ in loader:
             model(images)
             labels.append(targets)
             for name, record in records.items():
-                fusion, branches = seen.setdefault(name, ([], []))
+                fusion, branches = weights.setdefault(name, ([], []))
                 branches.append(record.router_weights.float())
                 if record.fusion_weights is not None:
                     fusion.append(record.fusion_weights.float())
+                masks[name]["channel"].add(record.channel_mask)
+                masks[name]["spatial"].add(record.spatial_mask)
     truth = torch.cat(labels)
+    means = {name: {part: found.mean for part, found in pair.items()} for name, pair in masks.items()}
     return {
-        name: {
-            "fusion": summary(torch.cat(fusion), truth) if fusion else None,
-            "branches": summary(torch.cat(branches), truth),
-        }
-        for name, (fusion, branches) in seen.items()
+        "accuracy": fixed_mask_accuracy(model, loader, means),
+        "blocks": {
+            name: {
+                "fusion": summary(torch.cat(fusion), truth) if fusion else None,
+                "branches": summary(torch.cat(branches), truth),
+                **{part: masks[name][part].summary() for part in PARTS},
+            }
+            for name, (fusion, branches) in weights.items()
+        },
     }
 
 
@@ -82,7 +97,7 @@ def routing(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 250,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also write every number, as JSON.")] = None,
 ) -> dict[str, Any]:
-    """Measure on validation images whether fusion and branch weights depend on the image, and which ones are dead.
+    """Measure on validation images whether routers and masks depend on the image, and what their doing so is worth.
 
     Raises:
         UserError: no such model or data, or a model without a CBAM2 block.
@@ -96,12 +111,24 @@ def routing(
     if not any(is_cbam2(module) for module in network.modules()):
         raise UserError(f"{model} has no CBAM2 block to look at: give a model named …_cbam2")
     samples = ImageDataset(images.splits["val"], data_config(network))
-    found = measure(network, make_loader(samples, batch_size, 0))
+    found = {"model": Path(model).name, "images": len(samples)}
+    found |= measure(network, make_loader(samples, batch_size, 0))
     print(f"{model} on {len(samples)} validation images of {images.name}; spreads are standard deviations\n")
+    _print_tables(found)
+    if output is not None:
+        try:
+            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
+    return found
+
+
+def _print_tables(found: dict[str, Any]) -> None:
     print("| block | weights | mean | entropy | between samples | between classes | class explains | dead |")
     print("| --- | --- | --- | ---: | ---: | ---: | ---: | --- |")
-    for name, block in found.items():
-        for kind, row in block.items():
+    for name, block in found["blocks"].items():
+        for kind in ("fusion", "branches"):
+            row = block[kind]
             if row is not None:
                 mean = " ".join(f"{value:.2f}" for value in row["mean"])
                 print(
@@ -109,9 +136,17 @@ def routing(
                     f"| {row['between_classes']:.3f} | {100 * row['class_share']:.0f} % "
                     f"| {', '.join(map(str, row['dead'])) or 'none'} |"
                 )
-    if output is not None:
-        try:
-            output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
-    return found
+    print(
+        "\n| block | mask | mean | between samples | between channels or positions | at the low end | at the high end |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for name, block in found["blocks"].items():
+        for part in PARTS:
+            row = block[part]
+            print(
+                f"| {name} | {part} | {row['mean']:.2f} | {row['between_samples']:.3f} | {row['within']:.3f} "
+                f"| {100 * row['low']:.0f} % | {100 * row['high']:.0f} % |"
+            )
+    print("\nAccuracy, not trained again, with masks replaced by their mean over these images:")
+    for kind, accuracy in found["accuracy"].items():
+        print(f"- {kind}: {100 * accuracy:.2f} %")
