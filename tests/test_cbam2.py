@@ -155,7 +155,9 @@ WRONG = [
     dict(router_pool="max"), dict(router_pool="moments", coords=False), dict(kernel_sizes=()), dict(kernel_sizes=7),
     dict(kernel_sizes=(3, 0)), dict(kernel_sizes=(3.0,)), dict(dilated=3), dict(dilated=(3,)), dict(dilated=(3, 0)),
     dict(rd_ratio=0), dict(rd_channels=0), dict(rd_divisor=0), dict(router_channels=0), dict(coords="yes"),
-    dict(mlp_bias=1), dict(learnable_temperature=None), dict(channels=0),
+    dict(mlp_bias=1), dict(learnable_temperature=None), dict(channels=0), dict(temperature=1e39),
+    dict(temperature=10**400), dict(temperature=1e5, dtype=torch.float16), dict(rd_ratio=1e9),
+    dict(kernel_sizes=(65536,)), dict(dilated=(3, 65536)),
 ]  # fmt: skip
 
 
@@ -243,6 +245,14 @@ def test_only_moments_lets_the_router_see_where():
         block = make_block(4, torch.float32, router_pool=pool)
         weights = [block(x, return_attention=True)[1].router_weights for x in (left, right)]
         assert torch.allclose(*weights, atol=1e-5) == blind
+
+
+def test_a_trace_serves_other_sizes():
+    block = make_block(4, torch.float32).eval()
+    traced = torch.jit.trace(block, torch.randn(2, 4, 6, 7))
+    for shape in ((1, 4, 1, 1), (3, 4, 1, 5), (1, 4, 9, 8)):
+        x = torch.randn(shape)
+        assert torch.allclose(traced(x), block(x), atol=1e-6)
 
 
 def test_record_attention_names_every_block_and_leaves_no_trace():

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 from randomise import randomise
 from safetensors.torch import load_file, save_file
+from timm.utils import reparameterize_model
 
 from timm_cbam2.hub import save
 from timm_cbam2.shipped import make, verify
@@ -39,6 +41,18 @@ def shipped(tmp_path_factory):
     row = dict(epoch=1, val_accuracy=0.5, val_loss=1.0, val_top5=0.9, val_images=100)
     (run / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     return make(run / "best", "resnet20_cbam2.things", place / "checkpoints")
+
+
+def test_what_cannot_be_loaded_is_not_saved(tmp_path):
+    model = timm.create_model("resnet20_cbam2", num_classes=2)
+    for wrong, words, names in (
+        (reparameterize_model(model), "reparameterized", None),
+        (model, "give a list", "ab"),
+        (torch.nn.Linear(1, 1), "Linear", None),
+    ):
+        with pytest.raises(ValueError, match=words):
+            save(wrong, tmp_path / "model", label_names=names)
+    assert not (tmp_path / "model").exists()
 
 
 def test_make_and_verify(shipped, tmp_path):

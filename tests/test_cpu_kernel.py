@@ -143,6 +143,30 @@ def test_not_a_number_is_not_hidden(kernel):
     assert out[0].isnan().all() and out[1].isfinite().all()
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_switched_between_forward_and_backward(first, kernel):
+    block, x = randomise(Cbam2(6)), images((2, 6, 5, 4), torch.bfloat16)
+
+    def gradient(switch):
+        leaf = x.clone().requires_grad_()
+        (enable_cpu_kernel if first else disable_cpu_kernel)()
+        out = block(leaf)
+        if switch:
+            (disable_cpu_kernel if first else enable_cpu_kernel)()
+        out.square().sum().backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(switch=True), gradient(switch=False))
+
+
+def test_negative_views_are_what_they_stand_for(kernel):
+    block, x = randomise(Cbam2(6).double()), images((2, 6, 5, 4))
+    assert torch.equal(block(torch._neg_view(x)), block(-x)) and kernel
+    leaf = x.clone().requires_grad_()
+    found = [torch.autograd.grad(block(leaf), leaf, g)[0] for g in (torch._neg_view(x), -x)]
+    assert torch.equal(*found)
+
+
 def test_what_the_kernel_cannot_serve_goes_without(kernel):
     block = randomise(Cbam2(6).double())
     strided = images((3, 6, 8, 9))[:, :, ::2, 1:]

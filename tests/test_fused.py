@@ -170,6 +170,62 @@ def test_what_it_cannot_serve_takes_the_plain_path(calls):
     assert not calls
 
 
+@pytest.mark.parametrize("how", ["replica", "watched part", "parametrized"])
+def test_weights_and_parts_that_are_not_the_blocks_own(how, calls):
+    block, x = make_block(), images()
+    expected = gradients(block, x)
+    calls.clear()
+    seen = []
+    if how == "replica":  # as DataParallel makes one for each GPU: its weights are plain attributes
+        copy = block._replicate_for_data_parallel()
+        copies = {}
+        for name, module in block.named_modules():
+            copies[name] = module._replicate_for_data_parallel() if name else copy
+            for key, parameter in module._parameters.items():
+                if parameter is None:
+                    copies[name]._parameters[key] = None
+                else:
+                    setattr(copies[name], key, parameter.view_as(parameter))
+            if name:
+                parent, _, child = name.rpartition(".")
+                setattr(copies[parent], child, copies[name])
+        got = gradients(block, x, copy)
+    elif how == "watched part":
+        block.channel.register_forward_hook(lambda *_: seen.append(1))
+        got = gradients(block, x)
+    else:
+        torch.nn.utils.parametrize.register_parametrization(block.channel.fc1, "weight", torch.nn.Identity())
+        got = gradients(block, x)
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-11) for a, b in zip(sorted_sums(got), sorted_sums(expected)))
+    assert bool(calls) == (how == "parametrized") and bool(seen) == (how == "watched part")
+
+
+def sorted_sums(tensors):
+    """Numbers that tell gradients apart, in whatever order the parameters come."""
+    return torch.stack([t.square().sum() for t in tensors]).sort().values
+
+
+def test_hooks_on_the_block_run_once_however_often_it_is_differentiated():
+    block, x = make_block(), images().requires_grad_()
+    seen = []
+    block.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    (first,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    first.sum().backward()
+    assert seen == [x.shape]
+
+
+def test_many_gradients_at_once():
+    block, x = make_block(), images(shape=(1, 6, 3, 2))
+    jacobian = torch.autograd.functional.jacobian
+    assert torch.allclose(jacobian(block, x, vectorize=True), jacobian(block, x), atol=1e-12)
+
+
+def test_an_empty_batch_and_numbers_that_cannot_be_masked():
+    assert make_block()(torch.zeros(0, 6, 3, 3, dtype=torch.float64)).shape == (0, 6, 3, 3)
+    with pytest.raises(ValueError, match="torch.int64"):
+        Cbam2(6)(torch.ones(1, 6, 2, 2, dtype=torch.long))
+
+
 def test_deterministic_and_repeatable():
     torch.use_deterministic_algorithms(True)
     try:

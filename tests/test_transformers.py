@@ -159,7 +159,7 @@ def test_warm_start_is_a_choice(copy, images):
 
 def test_a_new_classifier(saved, images):
     folder, model = saved
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+    with pytest.raises(ValueError, match=r"misshapen: .*\(5,\), not \(3,\).* pass ignore_mis"):
         Cbam2ForImageClassification.from_pretrained(folder, num_labels=3)
     new = AutoModelForImageClassification.from_pretrained(
         folder, num_labels=3, id2label={0: "x", 1: "y", 2: "z"}, label2id={"x": 0, "y": 1, "z": 2},
@@ -168,6 +168,18 @@ def test_a_new_classifier(saved, images):
     assert new(images).logits.shape == (3, 3) and new.config.id2label[2] == "z"
     assert 0 < new.timm_model.get_classifier().weight.std() < 1
     assert torch.equal(new.timm_model.forward_features(images), model.forward_features(images))
+
+
+@pytest.mark.parametrize("other_classes", [{}, {"num_labels": 3, "ignore_mismatched_sizes": True}])
+def test_only_the_classifier_may_have_another_shape(other_classes, saved, tmp_path):
+    copy = shutil.copytree(saved[0], tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    key = next(key for key in weights if key.endswith("fc1.weight"))
+    weights[key] = torch.zeros(2, 3, 1, 1)
+    save_file(weights, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError) as error:
+        AutoModelForImageClassification.from_pretrained(copy, **other_classes)
+    assert f"{key} has shape (2, 3, 1, 1)" in str(error.value)
 
 
 def test_from_config_starts_as_timm_does(saved):

@@ -121,9 +121,14 @@ class Cbam2(nn.Module):
 
         Returns:
             y: Features (B, C, H, W) in x's dtype.
+
+        Raises:
+            ValueError: When x holds no floating-point numbers.
         """
         if torch.jit.is_scripting():
             return self.spatial(self.channel(x))
+        if not x.is_floating_point():
+            raise ValueError(f"Features of dtype {x.dtype} have no masks; give x as floating-point numbers.")
         if not return_attention:
             if not can_fuse(self, x):
                 return self.spatial(self.channel(x))

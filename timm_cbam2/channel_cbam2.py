@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import make_divisible
 
-from .options_cbam2 import check_options
+from .options_cbam2 import MAX_COUNT, check_options
 from .parts_cbam2 import Fc, Router, Temperature, apply_gate, compute_dtype, no_autocast, reset_convs
 
 __all__ = ["ChannelAttn"]
@@ -55,6 +55,11 @@ class ChannelAttn(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         rd_channels = rd_channels or make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+        if rd_channels > MAX_COUNT:
+            raise ValueError(
+                f"CBAM2 option rd_ratio={rd_ratio!r} is not allowed; give one that makes at most {MAX_COUNT} hidden "
+                f"channels of {channels}."
+            )
         self.gate = gate
         self.is_sum = fusion == "sum"
         self.fc1 = Fc(channels, rd_channels, mlp_bias, **dd)

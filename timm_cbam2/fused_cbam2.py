@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Sequence, Tuple
 import torch
 import torch.nn as nn
 from torch.autograd import forward_ad
+from torch.nn.utils.parametrize import is_parametrized
 
 from .parts_cbam2 import coordinate_windows
 from .passes_cbam2 import passes_for
@@ -24,10 +25,25 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
         type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
+        and x.numel() > 0
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
         and forward_ad._current_level < 0
-        and not any(p._backward_hooks for p in block.parameters())  # the inner graphs would call them once more
+        and all(_is_bare(module, module is block) for module in block.modules())
     )
+
+
+def _is_bare(module: nn.Module, is_block: bool) -> bool:
+    """Whether nothing watches `module` or its weights, which are its own."""
+    if not is_block and (module._forward_hooks or module._forward_pre_hooks or _backward_hooks(module)):
+        return False  # the parts are never called as such
+    if any(p._backward_hooks for p in module._parameters.values() if p is not None):
+        return False  # the inner graphs would call them once more
+    # In replicas of DataParallel and under FSDP1 weights are plain attributes, whose gradient would be lost.
+    return not isinstance(module, nn.Conv2d) or "weight" in module._parameters or is_parametrized(module)
+
+
+def _backward_hooks(module: nn.Module) -> bool:
+    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 class _Small(NamedTuple):
@@ -79,8 +95,9 @@ def _forward(block: nn.Module, passes: Any, with_grad: bool) -> Tuple[torch.Tens
 class _Cbam2Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: nn.Module, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        out, squeezes, masks = _forward(block, passes_for(x), with_grad=True)
-        ctx.block, ctx.graphs = block, (squeezes, *masks)
+        passes = passes_for(x)
+        out, squeezes, masks = _forward(block, passes, with_grad=True)
+        ctx.block, ctx.graphs, ctx.passes_for = block, (squeezes, *masks), passes.again
         ctx.small = _Small(*(t.detach() for t in (*squeezes[:2], masks[0], *squeezes[2:], masks[1])))
         ctx.save_for_backward(x, *parameters)
         return out
@@ -88,10 +105,10 @@ class _Cbam2Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
         x, *parameters = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
             return _recompute(ctx, g, x, parameters)
         squeezes, channel, spatial = ctx.graphs
-        passes = passes_for(x)
+        passes = ctx.passes_for(x)  # as in the forward pass, whatever was switched on or off since
         g_sa = passes.start_backward(g, ctx.small)
         g_avg, g_max, *spatial_grads = _differentiate(ctx, spatial, squeezes[2:], parameters, g_sa)
         g_ca = passes.channel_gradient(g_avg, g_max)
@@ -110,12 +127,25 @@ def _differentiate(ctx: Any, output: torch.Tensor, squeezes: Sequence, parameter
     return (*zeros, *(next(rest) if needs else None for needs in ctx.needs_input_grad[2:]))
 
 
+class _Plain(nn.Module):
+    """The plain path of a block, without the hooks on it: they have run."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block.forward(x, return_attention=True)[0]
+
+
 def _recompute(ctx: Any, g: torch.Tensor, x: torch.Tensor, parameters: Any) -> Tuple[Any, ...]:
-    """The backward that can itself be differentiated: through the plain path."""
-    names = [name for name, _ in ctx.block.named_parameters()]
-    out, _ = torch.func.functional_call(ctx.block, dict(zip(names, parameters)), (x,), {"return_attention": True})
+    """The backward that can itself be differentiated, or vectorised: through the plain path."""
+    plain = _Plain(ctx.block)
+    names = [name for name, _ in plain.named_parameters()]
+    with torch.enable_grad():
+        out = torch.func.functional_call(plain, dict(zip(names, parameters)), (x,))
     inputs = [t for t, needs in zip((x, *parameters), ctx.needs_input_grad[1:]) if needs]
-    found = iter(torch.autograd.grad(out, inputs, g, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(out, inputs, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
     return (None, *(next(found) if needs else None for needs in ctx.needs_input_grad[1:]))
 
 

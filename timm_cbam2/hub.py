@@ -18,6 +18,7 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .card import is_generated, write_card
+from .cbam2 import is_cbam2
 from .configuration_cbam2 import Cbam2Config, entrypoint
 from .resnet_cbam2 import CIFAR_DEPTHS
 from .twins_cbam2 import WARM_START
@@ -51,15 +52,21 @@ def save(
         The folder.
 
     Raises:
-        ValueError: as many names as classes are needed, or timm cannot describe the model.
+        ValueError: as many names as classes are needed, timm cannot describe the model, or it is reparameterized.
         OSError: the folder cannot be written.
     """
     from accelerate.utils import extract_model_from_parallel
 
     # keep_fp32_wrapper=False would take mixed precision from the model itself, and its training go on in fp32.
     model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not getattr(model, "pretrained_cfg", None):
+        raise ValueError(f"{type(model).__name__} is not a model that timm made: only those can be saved")
+    if isinstance(label_names, str):
+        raise ValueError(f"label_names={label_names!r} is one name: give a list of them")
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f"{len(label_names)} label_names given, but the model has {model.num_classes} classes")
+    if any(is_cbam2(module) and module.spatial.conv is not None for module in model.modules()):
+        raise ValueError("a reparameterized model is for inference, and no library loads it: save it before")
     with whole(Path(folder)) as temporary:
         hook = model.register_state_dict_post_hook(_plain_tensors)
         try:

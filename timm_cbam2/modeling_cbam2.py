@@ -134,12 +134,13 @@ class Cbam2PreTrainedModel(PreTrainedModel):
             **kwargs: For transformers.
 
         Raises:
-            ValueError: When weights of the backbone are missing, or some are unexpected; they are named. When there are
-                no safetensors weights, or damaged ones. When
+            ValueError: When weights of the backbone are missing or misshapen, or some are unexpected; they are named.
+                When there are no safetensors weights, or damaged ones. When
                 `device_map` offloads: several small kernels run as one, past the hooks that would fetch them.
             OSError: When they cannot be fetched.
         """
         with_info = kwargs.pop("output_loading_info", False)
+        other_classes = kwargs.pop("ignore_mismatched_sizes", False)  # transformers would redraw any weight for it
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         name = pretrained_model_name_or_path
         if name is not None and not kwargs.get("subfolder") and not kwargs.get("variant"):
@@ -149,7 +150,9 @@ class Cbam2PreTrainedModel(PreTrainedModel):
             except HTTPError as error:
                 raise OSError(f"The weights of {name} could not be fetched ({error}). Try again.") from error
         try:
-            model, info = super().from_pretrained(name, *model_args, output_loading_info=True, **kwargs)
+            model, info = super().from_pretrained(
+                name, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+            )
         except SafetensorError as error:
             raise ValueError(f"The weights of {name} are damaged or cut off ({error}). Get them again.") from error
         devices = set(getattr(model, "hf_device_map", {}).values())
@@ -163,13 +166,24 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         }
         if warm_start and attention <= missing:
             missing -= attention
+        misshapen = {
+            f"{key} has shape {tuple(found)}, not {tuple(wanted)}"
+            for key, found, wanted in info["mismatched_keys"]
+            if not (other_classes and key in model._classifier_keys)
+        }
         problems = [
             f"{what}: {', '.join(sorted(key.removeprefix('timm_model.') for key in keys)[:5])} ({len(keys)} in all)"
-            for what, keys in (("missing", missing), ("unexpected", set(info["unexpected_keys"])))
+            for what, keys in (
+                ("missing", missing),
+                ("unexpected", set(info["unexpected_keys"])),
+                ("misshapen", misshapen),
+            )
             if keys
         ]
         if problems:
             hint = " For weights without attention, pass warm_start=True." if attention <= missing else ""
+            if not other_classes and {key for key, *_ in info["mismatched_keys"]} & model._classifier_keys:
+                hint += " For a new classifier, pass ignore_mismatched_sizes=True."
             raise ValueError(
                 f"The weights in {name} do not fit {model.config.architecture}: {'; '.join(problems)}.{hint}"
             )

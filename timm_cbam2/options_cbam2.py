@@ -1,13 +1,15 @@
 """Which values each CBAM2 option may take, and the one-line errors for the others."""
 
 import difflib
-import math
+import sys
 from numbers import Integral, Real
 from typing import Any, Dict, Mapping, Optional
 
 __all__ = ["TEMPERATURE_EPS", "check_options", "complete_options"]
 
-MAX_COUNT = 2**16  # far above any use; a model file must not be able to ask for all memory
+# Far above any use; a model file must not be able to ask for all memory.
+MAX_COUNT = 2**16
+MAX_FOOTPRINT = 1023  # of a branch, dilation counted
 TEMPERATURE_EPS = 1e-6  # a learnable temperature never falls below it
 FUSIONS = ("router", "static", "sum")
 ROUTER_POOLS = ("avg", "moments")
@@ -19,11 +21,21 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, Real) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
+    )
 
 
 def _are_counts(value: Any) -> bool:
     return isinstance(value, (tuple, list)) and len(value) > 0 and all(_is_count(v) for v in value)
+
+
+def _are_kernels(value: Any) -> bool:
+    return _are_counts(value) and all(v <= MAX_FOOTPRINT for v in value)
+
+
+def _is_dilated(value: Any) -> bool:
+    return _are_counts(value) and len(value) == 2 and value[1] * (value[0] - 1) < MAX_FOOTPRINT
 
 
 def _one_of(*names: str):
@@ -39,8 +51,11 @@ _RULES = {
     "rd_divisor": _COUNT,
     "fusion": _one_of(*FUSIONS),
     "router_channels": _COUNT,
-    "kernel_sizes": (_are_counts, "a list of one or more whole numbers of at least 1"),
-    "dilated": (lambda v: v is None or (_are_counts(v) and len(v) == 2), "None or a pair (kernel size, dilation)"),
+    "kernel_sizes": (_are_kernels, f"a list of one or more whole numbers from 1 to {MAX_FOOTPRINT}"),
+    "dilated": (
+        lambda v: v is None or _is_dilated(v),
+        f"None or a pair (kernel size, dilation) that spans at most {MAX_FOOTPRINT}",
+    ),
     "coords": _FLAG,
     "router_pool": _one_of(*ROUTER_POOLS),
     "temperature": (lambda v: _is_number(v) and v > TEMPERATURE_EPS, f"a finite number above {TEMPERATURE_EPS:g}"),

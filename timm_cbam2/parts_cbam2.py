@@ -78,6 +78,9 @@ class Temperature(nn.Module):
 
     def __init__(self, value: float = 1.0, learnable: bool = True, device=None, dtype=None) -> None:
         super().__init__()
+        dtype = dtype or torch.get_default_dtype()
+        if value > torch.finfo(dtype).max:
+            raise ValueError(f"CBAM2 option temperature={value!r} is not allowed; give one that {dtype} holds.")
         self.initial_value = float(value)
         self.learnable = learnable
         if learnable:
@@ -110,9 +113,12 @@ def reset_convs(module: nn.Module) -> None:
 def coordinates(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """The positions along one axis, symmetric in [-1, 1]: (count,).
 
-    Built from arange, which keeps sizes symbolic in torch.export and torch.compile; linspace would fix them.
+    Built from arange alone, which keeps sizes symbolic in torch.export, torch.compile and traces; linspace or a number
+    made from `count` would fix them.
     """
-    return (2 * torch.arange(count, device=device, dtype=dtype) - (count - 1)) / max(count - 1, 1)
+    steps = torch.arange(count, device=device, dtype=dtype)
+    last = steps[-1:]
+    return (2 * steps - last) / last.clamp(min=1)
 
 
 def _windows(x: torch.Tensor, taps: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ where the gradients of the four squeezes come from the small networks. Equal max
 autograd's own `amax`. Each class below is made for one pass through a block and keeps what its next step needs.
 """
 
+import functools
 from typing import Any, List, Tuple
 
 import torch
@@ -36,7 +37,7 @@ def passes_for(x: torch.Tensor) -> Any:
     """What runs the passes over x (B, C, H, W)."""
     if _kernel is not None and x.device.type == "cpu" and x.numel() > 0:
         if x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
-            return KernelPasses(x)
+            return KernelPasses(x, _kernel)
     return TorchPasses(x)
 
 
@@ -62,6 +63,7 @@ class TorchPasses:
 
     def __init__(self, x: torch.Tensor) -> None:
         self.x = x
+        self.again = TorchPasses  # for the backward of the same pass
         self.dtype = compute_dtype(x)
         self.chunks = _chunks(x)
 
@@ -144,46 +146,53 @@ class TorchPasses:
 class KernelPasses:
     """By the compiled kernel: each step reads its tensors once and makes none that is not its result."""
 
-    def __init__(self, x: torch.Tensor) -> None:
-        self.x = x
+    def __init__(self, x: torch.Tensor, kernel: Any) -> None:
+        x = x.resolve_neg()  # a view that only stands for its negative
+        is_dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        self.x = x if is_dense else x.contiguous()  # whoever kept it for the backward may have laid it out anew
+        self.kernel = kernel
+        self.again = functools.partial(KernelPasses, kernel=kernel)
 
     def squeeze(self) -> Tuple[torch.Tensor, torch.Tensor]:
-        return _kernel.squeeze(self.x)
+        return self.kernel.squeeze(self.x)
 
     def maps(self, ca: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        return [m.unflatten(1, self.x.shape[2:]) for m in _kernel.maps(self.x, ca)]
+        return [m.unflatten(1, self.x.shape[2:]) for m in self.kernel.maps(self.x, ca)]
 
     def convolve(self, maps: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         """Each sample's maps (B, 2, H, W) with its own kernel (B, 2, f, f), summed over the maps: (B, H, W)."""
-        return _Convolution.apply(maps, kernels) if torch.is_grad_enabled() else _kernel.convolve(maps, kernels)
+        if torch.is_grad_enabled():
+            return _Convolution.apply(self.kernel, maps, kernels)
+        return self.kernel.convolve(maps, kernels)
 
     def apply(self, ca: torch.Tensor, sa: torch.Tensor) -> torch.Tensor:
-        return _kernel.apply(self.x, ca, sa)
+        return self.kernel.apply(self.x, ca, sa)
 
     def start_backward(self, g: torch.Tensor, small: Any) -> torch.Tensor:
         order = torch.contiguous_format if self.x.is_contiguous() else torch.channels_last
-        self.g, self.small = g.contiguous(memory_format=order), small
-        g_sa, self.ties_c, self.g_ca, self.ties_p = _kernel.products(
+        self.g, self.small = g.resolve_neg().contiguous(memory_format=order), small
+        g_sa, self.ties_c, self.g_ca, self.ties_p = self.kernel.products(
             self.g, self.x, small.ca, small.sa, small.largest, small.s_max
         )
         return g_sa.view_as(small.sa)
 
     def channel_gradient(self, g_avg: torch.Tensor, g_max: torch.Tensor) -> torch.Tensor:
         self.g_avg, self.g_max = g_avg.flatten(1) / self.x.shape[1], g_max.flatten(1) / self.ties_c
-        return self.g_ca + _kernel.spread(self.x, self.small.ca, self.small.largest, self.g_avg, self.g_max)
+        return self.g_ca + self.kernel.spread(self.x, self.small.ca, self.small.largest, self.g_avg, self.g_max)
 
     def input_gradient(self, g_savg: torch.Tensor, g_smax: torch.Tensor) -> torch.Tensor:
         by_place = [self.small.sa, self.small.largest, self.g_avg, self.g_max]
         by_channel = [self.small.ca, self.small.s_max, g_savg / self.x[0, 0].numel(), g_smax / self.ties_p]
-        return _kernel.input_gradient(self.g, self.x, by_place, by_channel)
+        return self.kernel.input_gradient(self.g, self.x, by_place, by_channel)
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, maps: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, kernel: Any, maps: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
+        ctx.kernel = kernel
         ctx.save_for_backward(maps, kernels)
-        return _kernel.convolve(maps, kernels)
+        return kernel.convolve(maps, kernels)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        return tuple(_kernel.convolve_backward(g.contiguous(), *ctx.saved_tensors))
+    def backward(ctx: Any, g: torch.Tensor) -> Tuple[None, torch.Tensor, torch.Tensor]:
+        return (None, *ctx.kernel.convolve_backward(g.contiguous(), *ctx.saved_tensors))
