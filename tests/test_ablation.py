@@ -83,6 +83,13 @@ def test_killed_at_any_moment_it_goes_on(ablation, write_folder, tmp_path):
     assert json.loads((tmp_path / "whole" / "results.jsonl").read_text().splitlines()[0])["cpu_seconds"] > 0
     assert "0 to go" in finish(ablation(*command))
 
+    grid.write_text(TINY.replace("lr: 0.003", "lr: 0.3"))  # what is there must not pass for this
+    for arguments in (command, (*command, "--results", "new.jsonl"), ("table", "--results", "killed/results.jsonl")):
+        result = ablation(*arguments, "--grid", grid).wait()
+        assert result.code == 2 and len(result.err.splitlines()) == 1, result
+    assert measured(tmp_path / "killed" / "results.jsonl") == whole and not (tmp_path / "new.jsonl").exists()
+    grid.write_text(TINY)
+
     out = finish(ablation("table", "--grid", grid, "--results", "killed/results.jsonl", "-o", "picture.png"))
     assert "| plain |" in out and "(one pair)" in out
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -108,6 +115,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(ablation, write_folder, tmp_path):
         ("[more]", "[mroe]", ("mroe", "more")),
         ("control: plain, ", "", ("gain", "lacks control")),
         ("seeds: [0]", "seeds: 3", ("seeds", "[0, 1, 2]")),
+        ("epochs: 3, ", "", ("plain", "epochs None")),
+        ("epochs: 1,", "epochs: 0,", ("more", "epochs 0")),
+        ("start: {run: plain, model: resnet20_cbam2}", "start: plain", ("more: start", "'plain'")),
+        ("plain: {model: resnet20}", "plain: 3", ("variants: plain is 3",)),
         ("questions:", "question:", ("questions",)),
         ("recipes:", "recipes: [", ("cannot be read",)),
     ],
@@ -278,13 +289,23 @@ def test_masks_can_be_held_at_their_mean():
     assert set(found) == set(KINDS) and all(0 <= share <= 1 for share in found.values())
 
 
-def test_a_mistake_on_the_command_line_is_one_line(ablation):
+def test_a_mistake_on_the_command_line_is_one_line(ablation, tmp_path):
     result = ablation("run", "--question", "control").wait()
     assert (result.out, result.err.splitlines()) == (
         "",
         ["timm-cbam2: no question is called control; there are controls, sgd, position, parts, further, convnext"],
     )
     assert result.code == 2
+    (tmp_path / "file").write_text("x")
+    for arguments in (
+        ("table", "--results", tmp_path),
+        ("table", "-o", tmp_path / "none" / "x.png"),
+        ("run", "--data", "x.parquet", "--runs", tmp_path / "file"),
+        ("position", "-o", tmp_path),
+    ):
+        result = ablation(*arguments).wait()
+        assert result.code == 2 and len(result.err.splitlines()) == 1, result
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("name, stages", [("resnet20_cbam2", [1, 2]), ("test_convnext_cbam2", [0])])

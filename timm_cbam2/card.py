@@ -11,6 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from .configuration_cbam2 import architectures
+from .run_folder import read_metrics, read_settings
 
 __all__ = ["LICENSES", "card", "is_generated", "license_of", "write_card"]
 
@@ -21,14 +22,19 @@ _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _SHOWN = (
     "epochs batch_size lr weight_decay opt sched warmup_epochs label_smoothing augment seed processes mixed_precision"
 ).split()
+_SHOWN_IF_UNUSUAL = dict(
+    train="all", model_kwargs={}, attention_lr_scale=1.0, layer_decay=None, ema=None, mixup=0.0, cutmix=0.0,
+    random_erasing=0.0, auto_augment=None, accumulate=1, bce=False,
+)  # fmt: skip
 
 
-def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
+def write_card(folder: str | Path, repo_id: str | None = None, place: Path | None = None) -> Path:
     """Write `README.md` of a model folder, unless there is one that a person has made their own.
 
     Args:
-        folder: With config.json; the run it belongs to (run.json, metrics.jsonl) is read from it or its parent.
+        folder: With config.json. That of a run, or its `best` or `last`, tells of the run too.
         repo_id: Name on the Hub for the code in the card.
+        place: Where the folder will lie.
 
     Returns:
         The file.
@@ -38,7 +44,7 @@ def write_card(folder: str | Path, repo_id: str | None = None) -> Path:
     """
     path = Path(folder) / "README.md"
     if is_generated(path):
-        path.write_text(card(folder, repo_id), encoding="utf-8")
+        path.write_text(card(folder, repo_id, place), encoding="utf-8")
     return path
 
 
@@ -47,7 +53,7 @@ def is_generated(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def card(folder: str | Path, repo_id: str | None = None) -> str:
+def card(folder: str | Path, repo_id: str | None = None, place: Path | None = None) -> str:
     """The text that `write_card` writes."""
     folder = Path(folder)
     try:
@@ -56,7 +62,7 @@ def card(folder: str | Path, repo_id: str | None = None) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder} has no config.json of a model: {error}") from error
     repo_id = repo_id or f"user/{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.resolve().name).strip('-.') or 'model'}"
-    run, best = _run(folder)
+    run, best = _run(place or folder)
     base = _base_model(run)
     parts = [
         "---\n" + _metadata(config, run, best, base, repo_id).to_yaml() + "\n---",
@@ -72,16 +78,16 @@ def card(folder: str | Path, repo_id: str | None = None) -> str:
 
 def _run(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
     """Settings of the run, and the measurements of the epoch that this folder holds."""
-    for place in (folder, folder.resolve().parent):
-        if (place / "run.json").is_file():
-            run = json.loads((place / "run.json").read_text(encoding="utf-8"))
-            file = place / "metrics.jsonl"
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-            rows = [row for row in rows if "val_accuracy" in row]
+    folder = folder.resolve()
+    for place in (folder, folder.parent) if folder.name in ("best", "last") else (folder,):
+        run = read_settings(place)
+        if run is not None:
+            rows = read_metrics(place)
             if not rows:
                 return run, None
             is_last = folder.name == "last"
-            return run, rows[-1] if is_last else max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+            best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+            return run, rows[-1] | {"was_chosen": False} if is_last else best
     return None, None
 
 
@@ -151,10 +157,9 @@ def _about(architecture: str, config: dict[str, Any], run: dict[str, Any] | None
     size = config.get("pretrained_cfg", {}).get("input_size") or [3, 224, 224]
     text = f"`{architecture}`"
     if architecture in architectures():
-        text += (
-            ": a network with CBAM2 attention (channel attention, then spatial attention, each mixed per sample by a "
-            "router) in every residual branch"
-        )
+        stages = config.get("model_args", {}).get("cbam2_stages")
+        where = "in every residual branch" if stages is None else f"in stages {', '.join(str(s + 1) for s in stages)}"
+        text += f": a network with CBAM2 attention (channel attention, then spatial attention) {where}"
     name, _ = _data(run)
     classes = config.get("num_classes")
     text += f". It tells {classes:,} classes apart" if classes else ". It has no classifier and gives features"
@@ -205,6 +210,7 @@ def _training(config: dict[str, Any], run: dict[str, Any] | None, best: dict[str
     if run is None:
         return f"## Training\n\nNot recorded beside these weights.{block}"
     rows = [f"| {key} | {run[key]} |" for key in _SHOWN if run.get(key) is not None]
+    rows += [f"| {key} | {run[key]} |" for key, usual in _SHOWN_IF_UNUSUAL.items() if run.get(key, usual) != usual]
     rows += [f"| {split} images | {count} |" for split, count in (run.get("images") or {}).items()]
     rows += [f"| {name} | {version} |" for name, version in (run.get("versions") or {}).items()]
     start = "trained weights" if run.get("pretrained") else "random weights"
@@ -228,9 +234,8 @@ def _limits(
 ) -> str:
     lines = ["It knows only the classes it was trained on, and gives one of them for any picture at all."]
     if best is not None:
-        lines.append(
-            "The figure comes from one run, on the images that also chose the epoch: expect slightly less on new ones."
-        )
+        chose = ", on the images that also chose the epoch" if best.get("was_chosen", True) else ""
+        lines.append(f"The figure comes from one run{chose}: expect slightly less on new images.")
     license_name = license_of(config, run)
     if base or license_name not in ("apache-2.0", "bsd-3-clause", "mit"):
         source = f" of {base}" if base else ""

@@ -123,12 +123,15 @@ class Cbam2(nn.Module):
             y: Features (B, C, H, W) in x's dtype.
 
         Raises:
-            ValueError: When x holds no floating-point numbers.
+            ValueError: When x has another shape, or holds no floating-point numbers.
         """
         if torch.jit.is_scripting():
             return self.spatial(self.channel(x))
         if not x.is_floating_point():
             raise ValueError(f"Features of dtype {x.dtype} have no masks; give x as floating-point numbers.")
+        channels = self.channel.fc1.in_channels
+        if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != channels):
+            raise ValueError(f"Features of shape {tuple(x.shape)} do not fit; give x as (B, {channels}, H, W).")
         if not return_attention:
             if not can_fuse(self, x):
                 return self.spatial(self.channel(x))

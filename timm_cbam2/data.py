@@ -34,6 +34,7 @@ __all__ = [
     "start_worker",
 ]
 
+MAX_SIDE = 4096  # pixels; a mistyped size must not take all memory
 AUGMENT = {
     "none": dict(no_aug=True),
     # Keeps what is written in the image: for digits, letters, signs, anything with a handedness.
@@ -89,8 +90,8 @@ def data_config(model: nn.Module, img_size: int | None = None, **overrides: Any)
     channels = getattr(model, "in_chans", None) or config["input_size"][0]
     size = config["input_size"][1:]
     if img_size is not None:
-        if img_size < 8:
-            raise UserError(f"--img-size {img_size} is too small: give at least 8 pixels")
+        if not 8 <= img_size <= MAX_SIDE:
+            raise UserError(f"--img-size {img_size} makes no sense: give 8 to {MAX_SIDE} pixels")
         if cfg.get("fixed_input_size") and tuple(size) != (img_size, img_size):
             raise UserError(
                 f"--img-size {img_size}: {cfg.get('architecture')} takes {size[0]} pixels only; leave it out"

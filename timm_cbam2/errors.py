@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import importlib.util
@@ -19,6 +20,7 @@ __all__ = ["Stopped", "UserError", "command_line", "one_line", "require", "run_c
 PROGRAM = "timm-cbam2"
 STOPPED = 75  # exit code of a run that was told to stop and can be resumed; BSD's EX_TEMPFAIL
 QUIET = "TIMM_CBAM2_LAUNCHED"  # set for the processes of --num-processes: the launcher says what went wrong, once
+OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # not mistakes of ours
 # typer ships its own copy of click since 0.20 and depended on click before: this finds the class in either.
 _ClickException = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
@@ -61,6 +63,12 @@ def _guarded(function: Callable[..., Any]) -> Callable[..., None]:
         except UserError as error:
             _say(error)
             _release(error)
+            raise typer.Exit(2) from None
+        except OSError as error:
+            if error.errno not in OF_THE_MACHINE:
+                raise
+            where = error.filename or "what was to be written"
+            _say(UserError(f"{where}: {error.strerror}; make room or give another place, then try again"))
             raise typer.Exit(2) from None
         except KeyboardInterrupt as stop:
             if QUIET not in os.environ or os.environ.get("RANK") == "0":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from .data import ImageDataset, Images, data_config, find_images, make_loader
 from .errors import UserError, require, run_commands
-from .report import confusion_picture
+from .report import confusion_picture, write_whole
 from .zoo import class_names, load, resolve, run_settings
 
 __all__ = ["Predictions", "evaluate", "predict_all"]
@@ -164,12 +165,15 @@ def evaluate(
         label_column or settings.get("label_column"),
     )
     if own or val_split is not None:
-        images = images.with_val(run["val_split"] if val_split is None else val_split)
+        images = images.with_val(run.get("val_split", 0.2) if val_split is None else val_split)
     split = split or next(s for s in ("val", "test", "all", "train") if s in images.splits)
     if split not in images.splits:
         raise UserError(f"--split {split}: {images.name} has {', '.join(images.splits)}")
 
     accelerator = Accelerator()
+    folder = output or (Path(run["folder"]) if run else Path("evaluations")) / _folder_name(model, images, split, run)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     network = load(model)
     targets = torch.tensor(match_classes(network, images, model))
     # A model's own configuration already holds what its training data asked for; others get what these data ask for.
@@ -184,6 +188,8 @@ def evaluate(
     loader = make_loader(dataset, batch_size or settings.get("batch_size", 64), workers)
     network, loader = accelerator.prepare(network, loader)
     found = predict_all(accelerator, network, loader)
+    if not found.loss.isfinite().all():
+        raise UserError(f"{model} gives no finite numbers: its training diverged; use an earlier checkpoint")
 
     names = class_names(accelerator.unwrap_model(network)) or images.classes
     k = found.top.shape[1]
@@ -207,9 +213,6 @@ def evaluate(
         "confusion": matrix.tolist(),
     }
     if accelerator.is_main_process:
-        folder = output or (Path(run["folder"]) if run else Path("evaluations")) / _folder_name(
-            model, images, split, run
-        )
         _write(result, matrix, names, folder)
         _show(result, k, folder, images.notes)
     return result
@@ -225,16 +228,21 @@ def _folder_name(model: str, images: Images, split: str, run: dict[str, Any] | N
     return name if run else f"{Path(model).name.replace(':', '-')}-{name}"
 
 
-def _write(result: dict[str, Any], matrix: Tensor, names: list[str], folder: Path) -> None:
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise UserError(f"--output {folder} cannot be written: {error.strerror}") from error
-    (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        raise UserError(f"--output {folder} cannot be written ({error.strerror}): give another folder") from error
+
+
+def _write(result: dict[str, Any], matrix: Tensor, names: list[str], folder: Path) -> None:
     present = (matrix.sum(0) + matrix.sum(1)) > 0 if len(names) > 60 else torch.ones(len(names), dtype=torch.bool)
     kept = present.nonzero().flatten().tolist()
     title = f"{result['data']}, {result['split']}: {100 * result['top1']:.2f} % of {result['images']} images"
-    confusion_picture(matrix[kept][:, kept], [names[i] for i in kept], folder / "confusion.png", title)
+    with _writing(folder):
+        write_whole(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+        confusion_picture(matrix[kept][:, kept], [names[i] for i in kept], folder / "confusion.png", title)
 
 
 def _show(result: dict[str, Any], k: int, folder: Path, notes: list[str]) -> None:

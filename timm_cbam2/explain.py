@@ -126,6 +126,8 @@ class Explainer:
         x = self.transform(image)[None]
         with record_attention(self.model) if self.blocks else nullcontext({}) as records:
             logits = self.model(x)
+        if not logits.isfinite().all():
+            raise UserError(f"{self.name} gives no finite numbers: its training diverged; use an earlier checkpoint")
         best = logits.float().softmax(1)[0].topk(min(5, logits.shape[1]))
         names = self.names or [f"class {i}" for i in range(logits.shape[1])]
         answers = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterator
 
@@ -81,7 +81,8 @@ def _write(
             worst = max(worst, difference)
         os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a file that could not be made
+            temporary.unlink()
     return worst
 
 

@@ -7,14 +7,14 @@ import math
 import signal
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, Iterator
+from typing import IO, Any, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .errors import UserError
 
-__all__ = ["BadLoss", "LossWatch", "StopSignal", "lock"]
+__all__ = ["BadLoss", "LossWatch", "StopSignal", "bad_loss", "check_validation", "lock"]
 
 
 def lock(folder: Path) -> IO[str] | None:
@@ -68,7 +68,7 @@ class StopSignal:
 
 
 class BadLoss(UserError):
-    """The training loss is no number any more."""
+    """The training or validation loss is no number any more."""
 
 
 class LossWatch:
@@ -116,3 +116,25 @@ def bad_loss(found: dict[str, Any], folder: Path, checkpoint: str, write: bool) 
         f"{found['lr']:g}, on {', '.join(files[:2])}{more}; last good checkpoint: {checkpoint}; try again with a lower "
         f"--lr, such as {found['lr'] / 5:.2g}, or with --clip-grad 1"
     )
+
+
+def check_validation(losses: Sequence[Tensor], epoch: int, lr: float, checkpoint: str) -> None:
+    """Refuse a model that diverged in the epoch's last step, whose training loss could not show it any more.
+
+    Args:
+        losses: of the validation images, by each of the models that were measured.
+        epoch: that ended.
+        lr: at its end.
+        checkpoint: the newest one.
+
+    Raises:
+        BadLoss: one is not finite.
+    """
+    for loss in losses:
+        mean = loss.double().mean().item()
+        if not math.isfinite(mean):
+            raise BadLoss(
+                f"the validation loss became {mean} after epoch {epoch}: the training has diverged and this model is "
+                f"not kept; newest checkpoint: {checkpoint}; try again with a lower --lr, such as {lr / 5:.2g}, or "
+                "with --clip-grad 1"
+            )

@@ -17,7 +17,7 @@ from .data import Images, kept_quiet, seeded
 from .errors import Stopped
 from .evaluate import Predictions, predict_all
 from .finish import draw_curves, finish, push_best
-from .guards import LossWatch, StopSignal, bad_loss
+from .guards import LossWatch, StopSignal, bad_loss, check_validation
 from .health import IMAGES, measure, tracked
 from .hub import save
 from .optimise import keep_frozen, make_loss
@@ -264,9 +264,11 @@ class Run:
                 from accelerate.utils import gather_object
 
                 found = next(f for f in gather_object([found]) if f is not None)
-            newest = next(iter(self.checkpoints.all()), None)
-            raise bad_loss(found, self.folder, str(newest or "none yet"), accelerator.is_main_process)
+            raise bad_loss(found, self.folder, self._newest(), accelerator.is_main_process)
         return stop
+
+    def _newest(self) -> str:
+        return str(next(iter(self.checkpoints.all()), None) or "none yet")
 
     def _stop(self) -> None:
         """Leave after a signal; the checkpoint has been written."""
@@ -290,6 +292,7 @@ class Run:
             for buffer in self.ema.module.buffers():  # each process averaged the statistics of its own batches
                 broadcast(buffer)
             found = self._predict(self.ema.module)
+        check_validation((found.loss, raw.loss), at.epoch, self._lr(), self._newest())
         self.confusion = found.confusion(len(self.images.classes)).to(torch.int32)
         row = {
             "epoch": at.epoch,

@@ -119,9 +119,8 @@ def make_optimizer(network: nn.Module, settings: dict[str, Any]) -> Any:
         raise
     except (AssertionError, ImportError, NameError, ValueError, TypeError) as error:  # it needs a package, a GPU, …
         with_what = f" with {extra}" if extra else ""
-        raise UserError(
-            f"--opt {opt} cannot be used here{with_what}: {one_line(error, 200)}; try --opt adamw"
-        ) from error
+        advice = "leave --opt-kwargs or --momentum out" if extra else "try --opt adamw"
+        raise UserError(f"--opt {opt} cannot be used here{with_what}: {one_line(error, 200)}; {advice}") from error
 
 
 def make_schedule(optimizer: Any, settings: dict[str, Any], updates_per_epoch: int) -> Any:

@@ -45,6 +45,8 @@ def predict(
             unread.append((path, error))
             continue
         probabilities = network(transform(image)[None].to(device)).float().softmax(1)[0]
+        if not probabilities.isfinite().all():
+            raise UserError(f"{model} gives no finite numbers: its training diverged; use an earlier checkpoint")
         best = probabilities.topk(min(top_k, len(names)))
         answers[path] = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
         print(f"{path}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in answers[path]), flush=True)

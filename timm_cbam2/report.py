@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -160,7 +161,8 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it has moved, or could not be made
+            temporary.unlink()
 
 
 def draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:

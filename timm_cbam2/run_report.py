@@ -20,6 +20,7 @@ from .health_picture import health_panels, health_rows
 from .html_parts import bytes_image, page, side_by_side, stacked_bars, table
 from .mistakes import confusion_part, look, mistakes_part
 from .report import draw_accuracy, draw_loss, duration, figure_bytes, write_whole
+from .run_folder import read_metrics
 from .zoo import run_settings
 
 __all__ = ["report", "write_report"]
@@ -73,14 +74,7 @@ def write_report(folder: str | Path, seconds: float | None = None, confusion: Te
 
 
 def _read_rows(folder: Path) -> list[dict[str, Any]]:
-    file = folder / "metrics.jsonl"
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:  # half a line, of a run that was killed
-            continue
-    rows = [row for row in rows if "val_accuracy" in row]
+    rows = read_metrics(folder)
     if not rows:
         raise UserError(f"{folder} has no epoch to report on: metrics.jsonl is missing or empty")
     return rows

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import difflib
 import inspect
-import json
 import math
 import re
 from pathlib import Path
@@ -17,6 +16,7 @@ from timm.optim import list_optimizers
 from .data import AUGMENT
 from .errors import UserError, one_line
 from .options_cbam2 import complete_options
+from .run_folder import read_settings
 from .sources import parse_val_split
 
 __all__ = ["apply_recipe", "apply_resume", "check_options", "read_recipe", "save_interval"]
@@ -26,12 +26,22 @@ SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "con
 TRAIN = ("all", "attention", "attention+head", "head")
 PRECISIONS = ("no", "fp16", "bf16")
 PAIRS = ("model_kwargs", "cbam2", "opt_kwargs")  # options written KEY=VALUE, as often as need be
+EXAMPLES = {"model_kwargs": "drop_path_rate=0.1", "cbam2": "gate=sigmoid", "opt_kwargs": "eps=1e-6"}
+# What finetune decides for a model, or what would make it another kind of thing.
+NOT_OF_THE_MODEL = (
+    "num_classes", "pretrained", "features_only", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay",
+)  # fmt: skip
 DEFAULT_LR = {"scratch": 2e-3, "pretrained": 5e-4}  # for AdamW, the default optimizer
 RANGES = {  # what typer's own limits cannot say
     "ema": ("at least 0 and less than 1, such as 0.999", lambda value: 0 <= value < 1),
     "layer_decay": ("above 0 and up to 1, such as 0.75", lambda value: 0 < value <= 1),
     "clip_grad": ("a number above 0, such as 1", lambda value: 0 < value < math.inf),
     "weight_decay": ("a number from 0 on, such as 0.05", lambda value: 0 <= value < math.inf),
+    "momentum": ("at least 0 and less than 1, such as 0.9", lambda value: 0 <= value < 1),
+    "attention_lr_scale": ("a number from 0 on, such as 2", lambda value: 0 <= value < math.inf),
+    "warmup_epochs": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),
+    "mixup": ("a number from 0 on, such as 0.2", lambda value: 0 <= value < math.inf),
+    "cutmix": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),
     "bce_target_threshold": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
 }
 # Of one call, not of the training: a resumed run may have others.
@@ -50,7 +60,7 @@ def parse_pairs(option: str, given: Sequence[str] | Mapping[str, Any] | None) ->
     for text in given or ():
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise UserError(f"{_flag(option)} {text}: write KEY=VALUE, such as drop_path_rate=0.1")
+            raise UserError(f"{_flag(option)} {text}: write KEY=VALUE, such as {EXAMPLES[option]}")
         try:
             pairs[key.strip()] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -97,6 +107,11 @@ def check_options(settings: dict[str, Any]) -> None:
             raise UserError(f"{_flag(option)} is empty: give one, or leave it out")
     for option in PAIRS:
         settings[option] = parse_pairs(option, settings[option])
+    for key in settings["model_kwargs"]:
+        if key in NOT_OF_THE_MODEL:
+            raise UserError(f"--model-kwargs {key}=… is decided by the data, --model and --pretrained: leave it out")
+    if not isinstance(settings["model_kwargs"].get("cbam2", {}), Mapping):
+        raise UserError("--model-kwargs cbam2=… is no dict: give options of the attention with --cbam2 KEY=VALUE")
     if settings["cbam2"]:
         try:
             complete_options(settings["cbam2"], _cbam2_defaults())
@@ -230,12 +245,10 @@ def apply_resume(context: typer.Context, where: str | None) -> str | None:
     """Callback of --resume: a run folder brings its own settings along."""
     if where is None or where == "auto" or context.resilient_parsing:
         return where
-    file = Path(where).expanduser() / "run.json"
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        options = {name: settings[name] for name in _options_of(context) if name in settings}
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"--resume {where} is no run folder ({file} cannot be read): give one, or auto") from error
+    settings = read_settings(Path(where).expanduser())
+    if settings is None:
+        raise UserError(f"--resume {where} is no run folder (it has no run.json): give one, or auto")
+    options = {name: settings[name] for name in _options_of(context) if name in settings}
     options = {k: v for k, v in options.items() if k not in ("recipe", "resume") and v is not None}
     _remember(context, options | {"output": str(Path(where).expanduser())})
     return where

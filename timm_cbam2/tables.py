@@ -112,9 +112,17 @@ def choose_columns(data: str, table: Any, image_column: str | None, label_column
     """The columns of images and labels: those asked for, or else those that look like it.
 
     Raises:
-        UserError: there is no such column, or it takes a person to choose.
+        UserError: there is no such column, it holds no images, or it takes a person to choose.
     """
+    from datasets import Image
+
     image_column = _image_column(data, table, image_column)
+    kind = table.features[image_column]
+    if not isinstance(kind, (Image, dict)) and getattr(kind, "dtype", None) not in ("string", "binary", "large_binary"):
+        raise UserError(
+            f"{data}: column '{image_column}' holds {getattr(kind, 'dtype', kind)}, no images: say which one does with "
+            f"--image-column, of {', '.join(table.column_names)}"
+        )
     return image_column, _label_column(data, table, image_column, label_column)
 
 
@@ -158,11 +166,15 @@ def _class_names(data: str, kind: Any, column: str, values: dict[str, list[Any]]
     """Class names in label order, and the class index of each value of the label column."""
     from datasets import ClassLabel
 
-    seen = {split: Counter(labels) for split, labels in values.items()}
-    everything = set().union(*seen.values())
-    bad = [v for v in everything if not isinstance(v, (int, str)) or v == -1]
+    labels = [v for of_split in values.values() for v in of_split]
+    whole = [v for v in labels if isinstance(v, float) and v.is_integer()]
+    if whole and len(whole) + labels.count(None) == len(labels):
+        raise UserError(f"{data}: column '{column}' holds numbers such as {whole[0]}: make it a column of integers")
+    bad = [v for v in labels if not isinstance(v, (int, str)) or v == -1]
     if bad:
         raise UserError(f"{data}: column '{column}' holds {bad[0]!r}, which names no class; remove those rows")
+    seen = {split: Counter(of_split) for split, of_split in values.items()}
+    everything = set().union(*seen.values())
     if isinstance(kind, ClassLabel):
         beyond = [v for v in everything if not 0 <= v < len(kind.names)]
         if beyond:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import timm_cbam2  # noqa: F401  (registers the models)
 
 from .errors import UserError, one_line, run_commands
 from .resnet_cbam2 import CIFAR_DEPTHS
+from .run_folder import read_settings
 from .twins_cbam2 import WARM_START
 
 __all__ = ["ModelRow", "class_names", "load", "models", "names", "pretrained_tags", "resolve", "suggest", "table"]
@@ -150,6 +150,13 @@ def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
     resolved = resolve(name)
     if pretrained and ":" not in resolved and not pretrained_tags(get_arch_name(resolved)):
         raise UserError(f"{name} has no pretrained weights: train it with `timm-cbam2 finetune --model {name}`")
+    if resolved.startswith("local-dir:"):
+        from .hub import read_config
+
+        try:
+            read_config(Path(resolved.removeprefix("local-dir:")))
+        except ValueError as error:
+            raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
     try:
         return timm.create_model(resolved, pretrained=pretrained, **kwargs)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
@@ -183,12 +190,16 @@ def class_names(model: nn.Module, describe: bool = False) -> list[str] | None:
 
 
 def run_settings(name: str) -> dict[str, Any] | None:
-    """The resolved settings (`run.json`) of the run that `name` is or lies in; None when it is not one."""
+    """The resolved settings (`run.json`) of the run that `name` is or lies in; None when it is not one.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
     path = Path(name.removeprefix("local-dir:")).expanduser()
     for folder in (path, path.parent):
-        file = folder / "run.json"
-        if path.is_dir() and file.is_file():
-            return json.loads(file.read_text(encoding="utf-8")) | {"folder": str(folder)}
+        settings = read_settings(folder) if path.is_dir() else None
+        if settings is not None:
+            return settings | {"folder": str(folder)}
     return None
 
 

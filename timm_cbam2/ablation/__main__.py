@@ -17,6 +17,7 @@ from .runner import Runner
 from .table import markdown, picture
 
 RUNS = Path("runs") / "ablation"
+OWN = RUNS / "results.jsonl"
 GridOption = Annotated[Path, typer.Option(help="YAML of recipes, variants and questions.")]
 QuestionOption = Annotated[Optional[list[str]], typer.Option("--question", help="Only this one; may be repeated.")]
 
@@ -51,7 +52,10 @@ def run(
 
 def table(
     grid: GridOption = GRID,
-    results: Annotated[Path, typer.Option(help="File of results; those that were made here by default.")] = RESULTS,
+    results: Annotated[
+        Optional[Path],
+        typer.Option(help=f"File of results; {OWN} if there is one, or else those that come with the package."),
+    ] = None,
     question: QuestionOption = None,
     output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also draw them, as PNG.")] = None,
 ) -> None:
@@ -61,18 +65,27 @@ def table(
         UserError: no such file or question, or no results.
     """
     plan = read_grid(grid)
+    if results is None:
+        results = OWN if OWN.exists() else RESULTS
     if not results.exists():
         raise UserError(f"--results {results}: there is no such file; `run` makes one")
     require("scipy")
-    rows = Results(results).rows
+    found = Results(results)
+    rows = found.rows
     asked = [plan.question(name) for name in question or ()] or list(plan.questions)
     begun = [q for q in asked if any(r["variant"] in q.variants and r["seed"] in q.seeds for r in rows)]
     if not begun:
         raise UserError(f"{results} has no result for {', '.join(q.name for q in asked)} yet")
+    for job in plan.jobs(questions=[q.name for q in begun]):
+        found.find(job)  # which refuses a row of other options
+    print(f"from {results}\n")
     print("\n\n".join(f"{q.name}: {q.asks}\n\n{markdown(plan, q, rows)}" for q in begun))
     if output is not None:
         require("matplotlib")
-        picture(plan, begun, rows, output)
+        try:
+            picture(plan, begun, rows, output)
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
         print(f"\npicture {output}")
 
 

@@ -124,10 +124,12 @@ def read_grid(path: str | Path = GRID) -> Grid:
     for table in ("recipes", "variants", "questions"):
         if not isinstance(content, dict) or not isinstance(content.get(table), dict) or not content[table]:
             raise UserError(f"--grid {path} has no table '{table}': it needs recipes, variants and questions")
+        for name, entry in content[table].items():
+            _is_table(path, f"{table}: {name}", entry)
     recipes, variants = content["recipes"], content["variants"]
     options, starts, about = {}, {}, {}
     for name, changes in variants.items():
-        changes = dict(changes or {})
+        changes = dict(changes)
         recipe = changes.get("recipe", next(iter(recipes)))
         _known(path, f"variant {name}: recipe", [recipe], recipes)
         options[name] = {**recipes[recipe], **{k: v for k, v in changes.items() if k not in OURS}}
@@ -135,8 +137,12 @@ def read_grid(path: str | Path = GRID) -> Grid:
         _known(path, f"variant {name}", options[name], _finetune_options())
         if "model" not in options[name] and starts[name] is None:
             raise UserError(f"--grid {path}: variant {name} names no model")
+        epochs = options[name].get("epochs")
+        if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
+            raise UserError(f"--grid {path}: variant {name} has epochs {epochs!r}; give a whole number of at least 1")
     for name, start in starts.items():
         if start is not None:
+            _is_table(path, f"variants: {name}: start", start)
             _known(path, f"variant {name}: start", start, START)
             _known(path, f"variant {name}: start: run", [start.get("run")], variants)
             if starts[start["run"]] is not None:
@@ -145,6 +151,11 @@ def read_grid(path: str | Path = GRID) -> Grid:
                 )
     questions = tuple(_question(path, name, given, options) for name, given in content["questions"].items())
     return Grid(questions, options, starts, about)
+
+
+def _is_table(path: Path, where: str, given: Any) -> None:
+    if not isinstance(given, dict):
+        raise UserError(f"--grid {path}: {where} is {given!r}; write 'option: value' lines below it")
 
 
 def _question(path: Path, name: str, given: dict[str, Any], variants: dict[str, Any]) -> Question:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -38,16 +40,22 @@ def make(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 def write(path: Path, seed: int = 0) -> None:
     """Write the task as a parquet file of 5,000 images, of which the last 1,000 are meant to validate."""
     require("datasets")
-    from datasets import ClassLabel, Dataset, Features
+    from datasets import ClassLabel, Dataset, Features, disable_progress_bars
     from datasets import Image as ImageFeature
 
     images, labels = make(TRAIN + VAL, seed)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     names = [f"row {i // CELLS + 1}, column {i % CELLS + 1}" for i in range(CELLS**2)]
     columns = {"image": [{"bytes": _png(image), "path": None} for image in images], "label": labels.tolist()}
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
     temporary = path.with_name(f".{path.name}.tmp")
-    Dataset.from_dict(columns, features=features).to_parquet(temporary)
-    temporary.replace(path)
+    try:
+        Dataset.from_dict(columns, features=features).to_parquet(temporary)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):  # it has moved, or could not be made
+            temporary.unlink()
 
 
 def _png(pixels: np.ndarray) -> bytes:

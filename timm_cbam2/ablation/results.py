@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Sequence
 
-from ..errors import UserError
+from ..errors import UserError, one_line
 from .grid import Grid, Job, Question
 
 __all__ = ["RESULTS", "Estimate", "Results", "Row", "compare", "estimate"]
@@ -30,7 +30,10 @@ class Results:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.rows: list[dict[str, Any]] = []
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        try:
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--results {self.path} is no file of results ({one_line(error, 100)})") from error
         # A writer that was killed leaves a line without its end: that training is harvested again.
         self.whole = (
             len(text.encode()) if text.endswith("\n") or not text else len(text[: text.rfind("\n") + 1].encode())
@@ -55,6 +58,8 @@ class Results:
             if row["variant"] == job.variant and row["seed"] == job.seed:
                 wanted = json.loads(json.dumps(job.settings()))
                 found = row["options"]
+                if wanted["data"] is None:  # any will do
+                    found = {**found, "data": None}
                 differ = [k for k in sorted(wanted.keys() | found.keys()) if wanted.get(k) != found.get(k)]
                 if differ:
                     key = differ[0]

@@ -110,7 +110,8 @@ def routing(
     network = load(model)
     if not any(is_cbam2(module) for module in network.modules()):
         raise UserError(f"{model} has no CBAM2 block to look at: give a model named …_cbam2")
-    samples = ImageDataset(images.splits["val"], data_config(network))
+    skip_bad = bool(settings.get("skip_bad_images"))
+    samples = ImageDataset(images.splits["val"], data_config(network), skip_bad=skip_bad)
     found = {"model": Path(model).name, "images": len(samples)}
     found |= measure(network, make_loader(samples, batch_size, 0))
     print(f"{model} on {len(samples)} validation images of {images.name}; spreads are standard deviations\n")

@@ -86,14 +86,15 @@ class Runner:
 
     def _finish(self, job: Job, lock: IO[str] | None) -> None:
         folder = self.folder(job)
-        notes = _Notes(self.runs / f"{job.name}.json")
         job = self._with_data(job)
+        notes = self._notes(job)
         model, begin = None, None
         if job.start is not None:
             source = self.grid.job(job.start["run"], job.seed, self.data)
+            self._notes(source)
             if not _is_complete(self.folder(source), source.options["epochs"]):
                 print(f"{job.name} starts from {source.name}, whose run is not in {self.runs}: that comes first")
-                self._train(source, self.folder(source), None, lock, _Notes(self.runs / f"{source.name}.json"))
+                self._train(source, self.folder(source), None, lock, self._notes(source))
             begin = prepare(self.folder(source) / "last", self.runs / f"{job.name}.start", job)
             model = str(self.runs / f"{job.name}.start")
         if not _is_complete(folder, job.options["epochs"]):
@@ -102,6 +103,18 @@ class Runner:
         if begin is not None:
             row["start_accuracy"] = begin
         self.results.append(row)
+
+    def _notes(self, job: Job) -> _Notes:
+        """
+        Raises:
+            UserError: the folder of that name was trained with other options, which must not count as this job's.
+        """
+        notes = _Notes(self.runs / f"{job.name}.json", job.settings())
+        if self.folder(job).exists() and notes.differs:
+            raise UserError(
+                f"{self.folder(job)} was trained with other options than the grid's: give other --runs, or remove it"
+            )
+        return notes
 
     def _with_data(self, job: Job) -> Job:
         data = job.options.get("data")
@@ -152,11 +165,14 @@ class Runner:
 
 
 class _Notes:
-    """What is kept beside a run folder: the states of the code it was trained by, and what each attempt cost."""
+    """What is kept beside a run folder: its options, the states of the code that trained it, each attempt's cost."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, settings: dict[str, Any]):
         self.path = path
-        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"commits": [], "cpu": []}
+        settings = json.loads(json.dumps(settings))
+        fresh = {"settings": settings, "commits": [], "cpu": []}
+        self.content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else fresh
+        self.differs = self.content.get("settings") != settings
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -261,7 +277,10 @@ def _python_path() -> str:
 @contextmanager
 def _alone(runs: Path) -> Iterator[IO[str] | None]:
     """Hold `runs`, waiting for whoever holds it: another runner, or the training that a killed one left behind."""
-    runs.mkdir(parents=True, exist_ok=True)
+    try:
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs {runs} cannot be written ({error.strerror}): give another folder") from error
     try:
         import fcntl
     except ImportError:  # no such locks here

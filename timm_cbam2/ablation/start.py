@@ -68,7 +68,7 @@ def accuracy(folder: Path, options: Mapping[str, Any]) -> float:
     network = load(str(folder)).eval()
     images = find_images(options["data"], options.get("image_column"), options.get("label_column"))
     images = images.with_val(options.get("val_split", 0.2))
-    samples = ImageDataset(images.splits["val"], data_config(network))
+    samples = ImageDataset(images.splits["val"], data_config(network), skip_bad=bool(options.get("skip_bad_images")))
     hits = 0
     for batch, labels, _ in make_loader(samples, 250, 0):
         hits += int((network(batch).argmax(1) == labels).sum())
