@@ -223,17 +223,23 @@ def test_the_position_task_can_be_trained_on(tmp_path):
 def test_what_is_folded_is_what_is_stored():
     """The table of `cost` compares ways that compute the same thing, and counts what they hold."""
     kinds = cost._kinds()
-    stored, folded, full, wide = kinds.values()
+    stored, folded, block, full, wide = kinds.values()
     for branch, (depthwise, pointwise) in zip(folded.branches, stored.branches):
         branch.dw.weight.data.copy_(depthwise.weight.data)
         branch.pw.weight.data.copy_(pointwise.weight.data)
     maps = torch.randn(2, 4, 9, 11)
     maps[:, 2:] = maps[:1, 2:]  # the coordinates are the same for every image
     assert torch.allclose(folded(maps), stored(maps), atol=1e-5)
+    attention = block.attention
+    assert torch.allclose(
+        block(maps), attention.mask_of(maps[:, :2], *attention.prepare(9, 11, maps.dtype))[0], atol=1e-5
+    )
     assert full(maps).shape == wide(maps).shape == stored(maps).shape == (2, 4, 9, 11)
     rows = cost.measure(2, 8, 1)
     taps = 9 + 25 + 49 + 9
-    assert [r["parameters"] for r in rows] == [4 * taps + 16, 4 * taps + 16, 4 * taps, 16 * taps + 16]
+    router = 4 * 16 + 16 + 16 * 4 + 4
+    parameters = [4 * taps + 16, 4 * taps + 16, 4 * taps + 16 + router + 1, 4 * taps, 16 * taps + 16]
+    assert [r["parameters"] for r in rows] == parameters
     assert rows[0]["macs"] == (4 * taps + 16) * 64 and all(r["step"] > r["forward"] > 0 for r in rows)
 
 

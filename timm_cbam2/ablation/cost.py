@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
+from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Callable
+from typing import Annotated, Any, Callable, Optional
 
 import torch
 import typer
 from torch import Tensor, nn
 
 from ..cbam2 import SpatialAttn
+from ..errors import UserError
 
 __all__ = ["cost", "measure"]
 
@@ -52,12 +55,25 @@ class _Folded(nn.Module):
         return convolve(seen, kernel[:, :2], padding=pad) + convolve(grid, kernel[:, 2:], padding=pad)
 
 
+class _InTheBlock(nn.Module):
+    """As the block runs them on a CPU: a router mixes the kernels of each image, one convolution, then the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = SpatialAttn(kernel_sizes=[k for k, d in KERNELS if d == 1], dilated=KERNELS[-1])
+
+    def forward(self, maps: Tensor) -> Tensor:
+        shared = self.attention.prepare(*maps.shape[2:], maps.dtype)
+        return self.attention.mask_of_mixed(maps[:, 0], maps[:, 1], *shared)  # (B, H, W)
+
+
 def _kinds() -> dict[str, nn.Module]:
     return {
         "depthwise, then pointwise to 1 (as stored)": _Branches(
             lambda k, d: nn.Sequential(_conv(MAPS, k, d, groups=MAPS), _pointwise())
         ),
         "the same, folded into one dense convolution": _Folded(),
+        "the same in the block, with its router and gate": _InTheBlock(),
         "full k×k to 1": _Branches(lambda k, d: _conv(1, k, d)),
         "full k×k to 4, then pointwise to 1": _Branches(lambda k, d: nn.Sequential(_conv(MAPS, k, d), _pointwise())),
     }
@@ -67,6 +83,10 @@ def _macs(kind: nn.Module, side: int) -> int:
     """Multiply-accumulates per image."""
     if isinstance(kind, _Folded):  # the coordinate half is done once per batch, the kernels are made once per batch
         return len(KERNELS) * 2 * kind.footprint**2 * side * side
+    if isinstance(kind, _InTheBlock):  # mixing the kernels and the coordinate half, then convolving
+        taps, choices = kind.attention.footprint**2, len(KERNELS)
+        router = sum(p.numel() for n, p in kind.attention.router.named_parameters() if n.endswith("weight"))
+        return router + choices * (2 * taps + side * side) + 2 * taps * side * side
     return sum(p.numel() for p in kind.parameters()) * side * side
 
 
@@ -102,14 +122,27 @@ def cost(
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 128,
     side: Annotated[int, typer.Option(min=1, help="Height and width of the maps.")] = 32,
     repeat: Annotated[int, typer.Option(min=1, help="Timed repetitions.")] = 30,
+    output: Annotated[Optional[Path], typer.Option("--output", "-o", help="Also write every number, as JSON.")] = None,
 ) -> None:
-    """Measure what the spatial branches cost against full k×k convolutions, as a Markdown table."""
+    """Measure what the spatial branches cost against full k×k convolutions, as a Markdown table.
+
+    Raises:
+        UserError: the output cannot be written.
+    """
     threads = f"{torch.get_num_threads()} thread" + ("s" if torch.get_num_threads() > 1 else "")
     print(f"branches 3x3, 5x5, 7x7 and 3x3 dilated 3, from 4 maps; {batch_size} x {side} x {side}, fp32, {threads}\n")
     print("| branches | parameters | MACs per image | forward, ms | forward + backward, ms |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for row in measure(batch_size, side, repeat):
+    rows = measure(batch_size, side, repeat)
+    for row in rows:
         print(
             f"| {row['kind']} | {row['parameters']} | {row['macs']:,} | {1e3 * row['forward']:.2f} "
             f"| {1e3 * row['step']:.2f} |"
         )
+    if output is not None:
+        setup = {"batch_size": batch_size, "side": side, "repeat": repeat, "threads": torch.get_num_threads()}
+        setup |= {"dtype": "fp32", "torch": torch.__version__, "rows": rows}
+        try:
+            output.write_text(json.dumps(setup, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"--output {output} cannot be written: {error.strerror}") from error
