@@ -184,7 +184,14 @@ def test_mistakes(refused, tmp_path):
     if not torch.cuda.is_available():
         refuse("--device", "cuda", says=("--device cuda", "--device cpu"))
     one_pixel = ("--img-size", "1", "--batch-size", "1", "--rounds", "1", "--no-inference")
-    refused("benchmark", "test_resnet_cbam2", *one_pixel, "-o", tmp_path / "out", words=("1 x 1 x 1", "Expected more"))
+    refused(
+        "benchmark",
+        "test_resnet_cbam2",
+        *one_pixel,
+        "-o",
+        tmp_path / "out",
+        words=("--batch-size 1", "--img-size 1", "--no-train"),
+    )
     (tmp_path / "file").write_text("")
     refused("benchmark", "-o", tmp_path / "file", words=("--output", "file"))
     assert (tmp_path / "file").read_text() == ""

@@ -69,7 +69,7 @@ def test_a_damaged_model_is_refused(refused, small_run, tmp_path):
     refused("predict", tmp_path / "cut", "x.png", words=("cannot load", "cut"))
 
 
-def test_predict(run, small_run, truncate, tmp_path):
+def test_predict(run, refused, small_run, truncate, tmp_path):
     folder, data = small_run
     images = sorted(data.glob("*/*.png"))[:2]
     result = run("predict", folder, *images, "--top-k", "2")
@@ -78,6 +78,7 @@ def test_predict(run, small_run, truncate, tmp_path):
     assert [line.partition(": ")[0] for line in lines] == [str(image) for image in images]
     assert all(line.count("digit") >= 2 and line.count(" %") == 2 for line in lines)
 
+    refused("predict", folder, tmp_path, words=(f"a folder: give {tmp_path}/*",))
     bad = truncate(tmp_path / "bad.jpg")
     result = run("predict", folder, bad, images[0], tmp_path / "none.png", tmp_path)
     assert result.code == 2 and len(result.err.splitlines()) == 1, result

@@ -73,6 +73,11 @@ def _explained(setup: Setup) -> Iterator[None]:
     except (RuntimeError, ValueError, MemoryError) as error:
         if isinstance(error, UserError):
             raise
+        if "more than 1 value per channel" in str(error):
+            raise UserError(
+                f"--batch-size {setup.batch_size} at --img-size {setup.img_size} leaves BatchNorm a single value to "
+                "normalise: give more of either, or --no-train"
+            ) from error
         side = f"{setup.batch_size} x {setup.img_size} x {setup.img_size}"
         raise UserError(f"{setup.model} cannot be run on {side} pixels: {one_line(error, 300)}") from error
 

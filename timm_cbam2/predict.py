@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -42,7 +43,7 @@ def predict(
         try:
             image = read_image(path, mode)
         except UNREADABLE as error:
-            unread.append((path, error))
+            unread.append((path, f"a folder: give {path}/*" if Path(path).is_dir() else error))
             continue
         probabilities = network(transform(image)[None].to(device)).float().softmax(1)[0]
         if not probabilities.isfinite().all():
