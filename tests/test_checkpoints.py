@@ -62,6 +62,8 @@ def test_make_and_verify(shipped, tmp_path):
     assert json.loads((shipped / "training.jsonl").read_text())["val_accuracy"] == 0.5
     card = (shipped / "README.md").read_text()
     assert "timm-cbam2 finetune --data things.parquet --model resnet20_cbam2 --epochs 2" in card
+    assert 'create_model("resnet20_cbam2.things", pretrained=True)' in card and "user/" not in card
+    assert 'from_pretrained("checkpoints/resnet20_cbam2.things")' in card
     assert "value: 50.0" in card and "things" in card and str(shipped.parent.parent) not in card
     copy = shutil.copytree(shipped, tmp_path / shipped.name)
     (copy / "README.md").write_text("changed")

@@ -57,7 +57,9 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
     with whole(Path(root) / name) as folder:
         shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        text = card(source, f"user/{name}")
+        # It is on no Hub: timm has it by name, transformers opens the folder.
+        text = card(source, f"user/{name}").replace(f"hf-hub:user/{name}", name)
+        text = text.replace(f'"user/{name}"', f'"{Path(root).name}/{name}"')
         if (source.parent / "run.json").is_file():
             text += (
                 f"\n## Commands\n\nTo train it, and to measure it again; {LOG} has each epoch's figures.\n\n"
