@@ -171,11 +171,11 @@ def evaluate(
         raise UserError(f"--split {split}: {images.name} has {', '.join(images.splits)}")
 
     accelerator = Accelerator()
+    network = load(model)
+    targets = torch.tensor(match_classes(network, images, model))
     folder = output or (Path(run["folder"]) if run else Path("evaluations")) / _folder_name(model, images, split, run)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    network = load(model)
-    targets = torch.tensor(match_classes(network, images, model))
     # A model's own configuration already holds what its training data asked for; others get what these data ask for.
     saved = resolve(model).startswith(("local-dir:", "hf-hub:"))
     config = data_config(network, img_size, **({} if saved else images.data_config))
