@@ -32,6 +32,8 @@ def reference(state, options, x):
         z = w[0] * a + w[1] * m
     else:
         z = a + m
+    if options.get("center"):
+        z = z - z.mean(1, keepdim=True)
     channel_mask = _gate(z / _temperature(state, "channel."), options["gate"])[:, :, None, None]
     y = x * channel_mask
 
@@ -54,5 +56,7 @@ def reference(state, options, x):
         branch = F.conv2d(s, dw, padding=dilation * (k // 2), dilation=dilation, groups=len(maps))
         branch = F.conv2d(branch, state[f"spatial.branches.{i}.pw.weight"])
         z = z + router_weights[:, i, None, None, None] * branch
+    if options.get("center"):
+        z = z - z.mean((2, 3), keepdim=True)
     spatial_mask = _gate(z / _temperature(state, "spatial."), options["gate"])
     return y * spatial_mask, (channel_mask, fusion_weights, spatial_mask, router_weights)

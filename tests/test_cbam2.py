@@ -36,7 +36,8 @@ def grid():
         ("router", "static", "sum"), ("sigmoid", "hard_sigmoid", "unit_sigmoid"), MAPS
     ):
         for learnable, bias in itertools.product((True, False), (True, False)):
-            yield dict(fusion=fusion, gate=gate, learnable_temperature=learnable, mlp_bias=bias, **maps)
+            center = learnable != bias
+            yield dict(fusion=fusion, gate=gate, learnable_temperature=learnable, mlp_bias=bias, center=center, **maps)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ WRONG = [
     dict(router_pool="max"), dict(router_pool="moments", coords=False), dict(kernel_sizes=()), dict(kernel_sizes=7),
     dict(kernel_sizes=(3, 0)), dict(kernel_sizes=(3.0,)), dict(dilated=3), dict(dilated=(3,)), dict(dilated=(3, 0)),
     dict(rd_ratio=0), dict(rd_channels=0), dict(rd_divisor=0), dict(router_channels=0), dict(coords="yes"),
-    dict(mlp_bias=1), dict(learnable_temperature=None), dict(channels=0), dict(temperature=1e39),
+    dict(mlp_bias=1), dict(center=1), dict(learnable_temperature=None), dict(channels=0), dict(temperature=1e39),
     dict(temperature=10**400), dict(temperature=1e5, dtype=torch.float16), dict(rd_ratio=1e9),
     dict(kernel_sizes=(65536,)), dict(dilated=(3, 65536)),
 ]  # fmt: skip

@@ -43,6 +43,18 @@ def shipped(tmp_path_factory):
     return make(run / "best", "resnet20_cbam2.things", place / "checkpoints")
 
 
+def test_the_card_has_the_number_that_evaluate_gives(run, quick, write_folder, tmp_path):
+    """Also for a run in bf16, whose own figures are of that precision."""
+    data = write_folder(tmp_path / "images", count=20)
+    bf16 = ("--mixed-precision", "bf16", "--no-pretrained", "--output", tmp_path / "run")
+    assert run("finetune", "--data", data, *quick, *bf16).code == 0
+    folder = make(tmp_path / "run" / "last", "resnet20_cbam2.digits", tmp_path / "checkpoints")
+    result = run("evaluate", folder, "--data", data, "--val-split", "0.2", "--output", tmp_path / "numbers")
+    assert result.code == 0, result
+    numbers = json.loads((tmp_path / "numbers" / "evaluation.json").read_text())
+    assert f"Top-1 accuracy {100 * numbers['top1']:.2f} %" in (folder / "README.md").read_text()
+
+
 def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     model = timm.create_model("resnet20_cbam2", num_classes=2)
     for wrong, words, names in (

@@ -95,6 +95,7 @@ def test_options_against_the_literal_formulas(kernel):
     )
     for fusion, (kernel_sizes, dilated), (coords, pool) in itertools.product(*choices.values()):
         options = dict(fusion=fusion, kernel_sizes=kernel_sizes, dilated=dilated, coords=coords, router_pool=pool)
+        options["center"] = coords
         block, x = randomise(Cbam2(6, **options).double()), images((2, 6, 5, 4))
         full = {**resolve_options(options), "gate": "sigmoid"}
         assert (block(x) - reference(block.state_dict(), full, x)[0]).abs().max() <= 1e-12, options

@@ -53,8 +53,13 @@ def is_generated(path: Path) -> bool:
     return not path.exists() or MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def card(folder: str | Path, repo_id: str | None = None, place: Path | None = None) -> str:
-    """The text that `write_card` writes."""
+def card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    place: Path | None = None,
+    figures: dict[str, Any] | None = None,
+) -> str:
+    """The text that `write_card` writes; `figures` are measurements that replace those of the run's own epoch."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -63,6 +68,7 @@ def card(folder: str | Path, repo_id: str | None = None, place: Path | None = No
         raise ValueError(f"{folder} has no config.json of a model: {error}") from error
     repo_id = repo_id or f"user/{re.sub(r'[^A-Za-z0-9._-]+', '-', folder.resolve().name).strip('-.') or 'model'}"
     run, best = _run(place or folder)
+    best = best and best | (figures or {})
     base = _base_model(run)
     parts = [
         "---\n" + _metadata(config, run, best, base, repo_id).to_yaml() + "\n---",

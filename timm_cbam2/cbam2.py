@@ -76,6 +76,8 @@ class Cbam2(nn.Module):
         mlp_bias: bool = False,
         device=None,
         dtype=None,
+        *,
+        center: bool = False,
     ) -> None:
         """
         Args:
@@ -88,6 +90,7 @@ class Cbam2(nn.Module):
             gate: Gate of both masks.
             device: Device of the parameters.
             dtype: Data type of the parameters.
+            center: See `ChannelAttn` and `SpatialAttn`; on in no registered model unless asked for.
 
         Raises:
             ValueError: For an option that is not allowed.
@@ -98,6 +101,7 @@ class Cbam2(nn.Module):
             temperature=temperature,
             learnable_temperature=learnable_temperature,
             gate=gate,
+            center=center,
             device=device,
             dtype=dtype,
         )

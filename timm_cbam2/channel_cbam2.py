@@ -17,6 +17,7 @@ class ChannelAttn(nn.Module):
     """Channel attention: one mask value per sample and channel, from a mix of average and maximum squeezes."""
 
     is_sum: Final[bool]
+    center: Final[bool]
 
     def __init__(
         self,
@@ -32,6 +33,8 @@ class ChannelAttn(nn.Module):
         mlp_bias: bool = False,
         device=None,
         dtype=None,
+        *,
+        center: bool = False,
     ) -> None:
         """
         Args:
@@ -47,6 +50,8 @@ class ChannelAttn(nn.Module):
             mlp_bias: Give the shared perceptron biases.
             device: Device of the parameters.
             dtype: Data type of the parameters.
+            center: Take the mean over channels off the gate's input, so that the mask redistributes and cannot merely
+                scale.
 
         Raises:
             ValueError: For an option that is not allowed.
@@ -61,6 +66,7 @@ class ChannelAttn(nn.Module):
                 f"channels of {channels}."
             )
         self.gate = gate
+        self.center = center
         self.is_sum = fusion == "sum"
         self.fc1 = Fc(channels, rd_channels, mlp_bias, **dd)
         self.fc2 = Fc(rd_channels, channels, mlp_bias, **dd)
@@ -99,6 +105,8 @@ class ChannelAttn(nn.Module):
         bias = self.fc2.bias
         if self.is_sum and bias is not None:
             z = z + bias.to(dtype)  # both squeezes carry it
+        if self.center:
+            z = z - z.mean(1, keepdim=True)
         return apply_gate(z / self.temperature(dtype), self.gate), weights
 
     def attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:

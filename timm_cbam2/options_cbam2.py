@@ -62,6 +62,7 @@ _RULES = {
     "learnable_temperature": _FLAG,
     "gate": _one_of(*GATES),
     "mlp_bias": _FLAG,
+    "center": _FLAG,
 }
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from .cbam2 import resolve_options
 from .errors import UserError, one_line, run_commands
 from .hub import check_folder, whole
 from .run_report import command
+from .zoo import run_settings
 
 __all__ = ["make", "ship", "verify"]
 
@@ -43,7 +45,8 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
         and, of a run, the measurements of each epoch.
 
     Raises:
-        ValueError: The model is damaged, of another architecture, or has options that its name does not tell.
+        ValueError: The model is damaged, of another architecture, or has options that its name does not tell; or the
+            images to measure it on are gone.
     """
     source = Path(source)
     config = check_folder(source)
@@ -58,11 +61,12 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
         shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         # It is on no Hub: timm has it by name, transformers opens the folder.
-        text = card(source, f"user/{name}").replace(f"hf-hub:user/{name}", name)
+        text = card(source, f"user/{name}", figures=_figures(source)).replace(f"hf-hub:user/{name}", name)
         text = text.replace(f'"user/{name}"', f'"{Path(root).name}/{name}"')
         if (source.parent / "run.json").is_file():
             text += (
-                f"\n## Commands\n\nTo train it, and to measure it again; {LOG} has each epoch's figures.\n\n"
+                f"\n## Commands\n\nTo train it, and to measure it again; {LOG} has each epoch's figures, in the "
+                "training's precision.\n\n"
                 f"```bash\n{_commands(source.parent, name)}\n```\n"
             )
             shutil.copyfile(source.parent / "metrics.jsonl", folder / LOG)
@@ -97,6 +101,18 @@ def verify(folder: str | Path) -> None:
     if not torch.allclose(logits, example["logits"], **TOLERANCE):
         gap = (logits - example["logits"]).abs().max().item()
         raise ValueError(f"{folder} gives other logits than when it was shipped (by up to {gap:.3g})")
+
+
+def _figures(source: Path) -> dict[str, float] | None:
+    """What `evaluate` says of the model, in full precision, where its run measured it in mixed precision."""
+    run = run_settings(str(source))
+    if run is None or run.get("mixed_precision") in (None, "no"):
+        return None
+    from .evaluate import evaluate
+
+    with tempfile.TemporaryDirectory() as folder:
+        found = evaluate(str(source), output=Path(folder))
+    return {"val_accuracy": found["top1"], "val_top5": found.get("top5"), "val_loss": found["loss"]}
 
 
 def _commands(run: Path, name: str) -> str:

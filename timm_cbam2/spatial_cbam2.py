@@ -28,6 +28,7 @@ class SpatialAttn(nn.Module):
 
     moments: Final[bool]
     coords: Final[bool]
+    center: Final[bool]
 
     def __init__(
         self,
@@ -41,6 +42,8 @@ class SpatialAttn(nn.Module):
         gate: str = "sigmoid",
         device=None,
         dtype=None,
+        *,
+        center: bool = False,
     ) -> None:
         """
         Args:
@@ -54,6 +57,7 @@ class SpatialAttn(nn.Module):
             gate: "sigmoid", "hard_sigmoid" or "unit_sigmoid" (2·sigmoid, 1 at 0: a fresh layer is the identity).
             device: Device of the parameters.
             dtype: Data type of the parameters.
+            center: Take the mean over positions off the gate's input.
 
         Raises:
             ValueError: For an option that is not allowed.
@@ -63,6 +67,7 @@ class SpatialAttn(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.gate = gate
         self.coords = coords
+        self.center = center
         self.moments = router_pool == "moments"
         maps = 4 if coords else 2
         shapes = [(k, 1) for k in kernel_sizes] + ([tuple(dilated)] if dilated else [])
@@ -146,6 +151,8 @@ class SpatialAttn(nn.Module):
         if place is not None:
             z = z + place
         z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
+        if self.center:
+            z = z - z.mean((1, 2), keepdim=True)
         return apply_gate(z / self.temperature(maps.dtype), self.gate), weights
 
     @torch.jit.ignore
@@ -178,6 +185,8 @@ class SpatialAttn(nn.Module):
             z = z.view(batch, 2, height, width).sum(1)
         if place is not None:
             z = z + (weights @ place.flatten(1)).view(batch, height, width)
+        if self.center:
+            z = z - z.mean((1, 2), keepdim=True)
         return apply_gate(z / self.temperature(avg.dtype), self.gate)
 
     def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
