@@ -179,7 +179,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
 
     settings["mixed_precision"] = accelerator.mixed_precision
     process = accelerator.process_index, accelerator.num_processes
-    network, pretrained = prepare.build(settings, images, accelerator.print)
+    network, pretrained, beginning = prepare.build(settings, images)
     prepare.complete(settings, images, pretrained)
     config, val_config = prepare.make_configs(settings, images, network)
     parts = prepare.make_datasets(settings, images, config, val_config, process)
@@ -251,11 +251,11 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
                 "steps_per_epoch": updates,
             },
         )
-    for note in (*images.notes, *notes):
+    for note in (*images.notes, *([] if path else beginning), *notes):
         accelerator.print(f"note: {note}")
     if settings["recipe"] is not None:
         accelerator.print(f"recipe {settings['recipe']}: {resolved_text(settings, finetune)}")
-    start = "trained" if pretrained else "random"
+    start = "its checkpoint's" if path else "trained" if pretrained else "random"
     side = "x".join(str(n) for n in config["input_size"][1:])
     part = f" ({share_trained(settings['train'], trainable, parameters)})" if trainable < parameters else ""
     accelerator.print(

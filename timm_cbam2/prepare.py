@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
 import timm
 import torch
@@ -34,8 +34,8 @@ def open_images(settings: dict[str, Any]) -> Images:
     return find_images(settings["data"], *columns).with_val(settings["val_split"])
 
 
-def build(settings: dict[str, Any], images: Images, say: Callable[[str], None]) -> tuple[nn.Module, bool]:
-    """The model with a head for the classes of `images`; and whether it starts from weights.
+def build(settings: dict[str, Any], images: Images) -> tuple[nn.Module, bool, list[str]]:
+    """The model with a head for the classes of `images`, whether it starts from weights, and what to know of that.
 
     Raises:
         UserError: the model cannot be made like this.
@@ -53,19 +53,20 @@ def build(settings: dict[str, Any], images: Images, say: Callable[[str], None]) 
         arguments["cbam2"] = {**arguments.get("cbam2", {}), **settings["cbam2"]}
     classes = len(images.classes)
     network = load(model, pretrained=pretrained, num_classes=classes, **arguments)
+    notes = []
     if pretrained:
         known = class_names(network)
         if known != images.classes and network.pretrained_cfg["num_classes"] == classes:
             network.reset_classifier(classes)
-            say("note: the weights are of other classes, so the classifier starts anew")
+            notes.append("the weights are of other classes, so the classifier starts anew")
     elif tags:
-        say(f"note: {model} starts from random weights; --pretrained starts from trained ones")
+        notes.append(f"{model} starts from random weights; --pretrained starts from trained ones")
     if settings["grad_checkpointing"]:
         try:
             network.set_grad_checkpointing(True)
         except (AssertionError, AttributeError) as error:
             raise UserError(f"--grad-checkpointing: {model} has no such thing ({one_line(error, 100)})") from error
-    return network, pretrained
+    return network, pretrained, notes
 
 
 def complete(settings: dict[str, Any], images: Images, pretrained: bool) -> None:
