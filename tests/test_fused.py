@@ -4,6 +4,7 @@ import pytest
 import torch
 from randomise import randomise
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import timm_cbam2.cbam2
@@ -212,6 +213,31 @@ def test_hooks_on_the_block_run_once_however_often_it_is_differentiated():
     (first,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
     first.sum().backward()
     assert seen == [x.shape]
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "part", ["channel.fc1", "channel.router.fc2", "spatial.branches.3.dw", "spatial.branches.1.pw"]
+)
+def test_a_pruned_part_computes_with_its_pruned_weight(part, training):
+    block, x = make_block().train(training), images()
+    conv = block.get_submodule(part)
+    prune.l1_unstructured(conv, "weight", 0.5)
+    with torch.no_grad():
+        conv.weight_orig.mul_(3)  # as a step of the optimizer: the pruned weight is stale until the hook has run
+    out = block(x)
+    out.square().sum().backward()
+    assert ((conv.weight_orig.grad == 0) | (conv.weight_mask == 1)).all() and conv.weight_orig.grad.abs().sum() > 0
+    prune.remove(conv, "weight")
+    assert torch.allclose(block(x), out, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_on_a_merged_branch_run():
+    block, x, seen = make_block().eval(), images(), []
+    expected = block(x)
+    block.spatial.reparameterize()
+    block.spatial.conv.register_forward_hook(lambda module, args, out: seen.append(tuple(args[0].shape)))
+    assert torch.allclose(block(x), expected) and seen == [(x.shape[0], 4, *x.shape[2:])]
 
 
 def test_many_gradients_at_once():

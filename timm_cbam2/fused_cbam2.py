@@ -13,7 +13,7 @@ import torch.nn as nn
 from torch.autograd import forward_ad
 from torch.nn.utils.parametrize import is_parametrized
 
-from .parts_cbam2 import coordinate_windows
+from .parts_cbam2 import coordinate_windows, has_hooks
 from .passes_cbam2 import passes_for
 
 __all__ = ["can_fuse", "fused", "fused_without_grad"]
@@ -34,16 +34,12 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
 
 def _is_bare(module: nn.Module, is_block: bool) -> bool:
     """Whether nothing watches `module` or its weights, which are its own."""
-    if not is_block and (module._forward_hooks or module._forward_pre_hooks or _backward_hooks(module)):
+    if not is_block and has_hooks(module):
         return False  # the parts are never called as such
     if any(p._backward_hooks for p in module._parameters.values() if p is not None):
         return False  # the inner graphs would call them once more
     # In replicas of DataParallel and under FSDP1 weights are plain attributes, whose gradient would be lost.
     return not isinstance(module, nn.Conv2d) or "weight" in module._parameters or is_parametrized(module)
-
-
-def _backward_hooks(module: nn.Module) -> bool:
-    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 class _Small(NamedTuple):

@@ -20,6 +20,7 @@ __all__ = [
     "convolve_coordinates",
     "coordinate_windows",
     "coordinates",
+    "has_hooks",
     "no_autocast",
     "reset_convs",
 ]
@@ -43,6 +44,13 @@ def apply_gate(z: torch.Tensor, gate: str) -> torch.Tensor:
     if gate == "unit_sigmoid":
         return 2 * torch.sigmoid(z)
     return torch.sigmoid(z)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something runs when `module` is called as such, for instance the pruning or the norm of its weight."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class Fc(nn.Conv2d):
@@ -151,7 +159,7 @@ def convolve_coordinates(
 
 
 class Branch(nn.Module):
-    """A depthwise k×k convolution, then a pointwise one to a single channel: stored so, run as one dense kernel."""
+    """A depthwise k×k convolution, then a pointwise one to one channel: stored so, mostly run as one dense kernel."""
 
     def __init__(self, maps: int, kernel_size: int, dilation: int, device=None, dtype=None) -> None:
         super().__init__()
@@ -162,6 +170,9 @@ class Branch(nn.Module):
             maps, maps, kernel_size, padding=self.footprint // 2, dilation=dilation, groups=maps, bias=False, **dd
         )
         self.pw = nn.Conv2d(maps, 1, 1, bias=False, **dd)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        return self.pw(self.dw(maps))  # (B, S, H, W) to (B, 1, H, W)
 
     def kernel(self, footprint: int, dtype: torch.dtype) -> torch.Tensor:
         """The equal dense kernel (S, footprint, footprint), zeros between dilated taps and around it."""

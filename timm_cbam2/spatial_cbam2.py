@@ -16,6 +16,7 @@ from .parts_cbam2 import (
     convolve_coordinates,
     coordinate_windows,
     coordinates,
+    has_hooks,
     no_autocast,
     reset_convs,
 )
@@ -145,15 +146,30 @@ class SpatialAttn(nn.Module):
 
         `kernel` and `place` are those of `prepare`.
         """
-        batch, _, height, width = maps.shape
-        weights = self.route(maps)
         z = F.conv2d(maps, kernel, padding=self.footprint // 2)  # (B, K, H, W)
         if place is not None:
             z = z + place
+        return self.mix(z, self.route(maps))
+
+    def mix(self, z: torch.Tensor, weights: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The mask (B, H, W) and the router weights (B, K), given those and what the branches give (B, K, H, W)."""
+        batch, _, height, width = z.shape
         z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
         if self.center:
             z = z - z.mean((1, 2), keepdim=True)
-        return apply_gate(z / self.temperature(maps.dtype), self.gate), weights
+        return apply_gate(z / self.temperature(z.dtype), self.gate), weights
+
+    @torch.jit.unused
+    def call_branches(self, maps: torch.Tensor) -> torch.Tensor:
+        """What the branches give (B, K, H, W) of maps (B, 2, H, W), each convolution being called: its hooks run."""
+        if self.coords:
+            one = maps[:, :1]
+            across = coordinates(maps.shape[3], maps.device, maps.dtype).expand_as(one)
+            down = coordinates(maps.shape[2], maps.device, maps.dtype)[:, None].expand_as(one)
+            maps = torch.cat([maps, across, down], 1)
+        convs = list(self.branches) if self.conv is None else [self.conv]
+        given = maps.to(next(self.router.parameters()).dtype)
+        return torch.cat([conv(given) for conv in convs], 1).to(maps.dtype)
 
     @torch.jit.ignore
     def mask_of_mixed(
@@ -192,10 +208,14 @@ class SpatialAttn(nn.Module):
     def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
         dtype = compute_dtype(y)
-        kernel, place = self.prepare(y.shape[2], y.shape[3], dtype)
         # Kept dimensions and `cat`, not `stack`: a view is what inductor cannot keep for a backward of free height and
         # width.
         maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), y.amax(1, keepdim=True).to(dtype)], 1)
+        if not torch.jit.is_scripting():
+            if any(has_hooks(module) for module in self.modules() if type(module) is nn.Conv2d):
+                mask, weights = self.mix(self.call_branches(maps), self.route(maps))
+                return mask.to(y.dtype)[:, None], weights
+        kernel, place = self.prepare(y.shape[2], y.shape[3], dtype)
         mask, weights = self.mask_of(maps, kernel, place)
         return mask.to(y.dtype)[:, None], weights
 
