@@ -160,6 +160,11 @@ class SpatialAttn(nn.Module):
         return apply_gate(z / self.temperature(z.dtype), self.gate), weights
 
     @torch.jit.unused
+    def is_watched(self) -> bool:
+        """Whether a convolution has hooks."""
+        return any(has_hooks(module) for module in self.modules() if type(module) is nn.Conv2d)
+
+    @torch.jit.unused
     def call_branches(self, maps: torch.Tensor) -> torch.Tensor:
         """What the branches give (B, K, H, W) of maps (B, 2, H, W), each convolution being called: its hooks run."""
         if self.coords:
@@ -211,12 +216,10 @@ class SpatialAttn(nn.Module):
         # Kept dimensions and `cat`, not `stack`: a view is what inductor cannot keep for a backward of free height and
         # width.
         maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), y.amax(1, keepdim=True).to(dtype)], 1)
-        if not torch.jit.is_scripting():
-            if any(has_hooks(module) for module in self.modules() if type(module) is nn.Conv2d):
-                mask, weights = self.mix(self.call_branches(maps), self.route(maps))
-                return mask.to(y.dtype)[:, None], weights
-        kernel, place = self.prepare(y.shape[2], y.shape[3], dtype)
-        mask, weights = self.mask_of(maps, kernel, place)
+        if not torch.jit.is_scripting() and self.is_watched():
+            mask, weights = self.mix(self.call_branches(maps), self.route(maps))
+        else:
+            mask, weights = self.mask_of(maps, *self.prepare(y.shape[2], y.shape[3], dtype))
         return mask.to(y.dtype)[:, None], weights
 
     def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
