@@ -24,8 +24,12 @@ def test_every_shipped_model_replays(folder):
     if folder is None:
         pytest.skip("no model is shipped yet")
     verify(folder)
-    assert timm.create_model(folder.name, pretrained=True).num_classes
     card = (folder / "README.md").read_text()
+    by_name = timm.is_model_pretrained(folder.name)
+    model = folder.name if by_name else f"local-dir:checkpoints/{folder.name}"
+    assert f'create_model("{model}", pretrained=True)' in card
+    assert f"timm-cbam2 evaluate {folder.name if by_name else f'checkpoints/{folder.name}'} " in card
+    assert timm.create_model(model.replace(":", f":{ROOT}/"), pretrained=True).num_classes
     assert "model-index" in card and str(ROOT) not in card and "/tmp/" not in card
 
 
@@ -109,10 +113,21 @@ def test_a_wrong_name_is_refused(shipped, name, tmp_path):
         make(shipped, name, tmp_path)
 
 
-def test_other_options_are_refused(tmp_path):
-    save(timm.create_model("resnet20_cbam2", cbam2=dict(gate="sigmoid")), tmp_path / "model")
-    with pytest.raises(ValueError, match="other cbam2 options"):
+@pytest.mark.parametrize("given", [dict(cbam2=dict(gate="sigmoid")), dict(cbam2_stages=[1, 2])])
+def test_what_a_name_does_not_tell_is_refused(given, tmp_path):
+    save(timm.create_model("resnet20_cbam2", **given), tmp_path / "model")
+    with pytest.raises(ValueError, match="other cbam2 options|cbam2_stages.*does not tell"):
         make(tmp_path / "model", "resnet20_cbam2.x", tmp_path)
+
+
+def test_a_model_without_a_name_is_opened_as_a_folder(tmp_path):
+    model = timm.create_model("test_convnext_cbam2", num_classes=3, dims=[8, 8, 8, 8], cbam2=dict(gate="sigmoid"))
+    save(randomise(model), tmp_path / "model")
+    folder = make(tmp_path / "model", "test_convnext_cbam2.x", tmp_path / "checkpoints")
+    verify(folder)
+    card = (folder / "README.md").read_text()
+    assert 'create_model("local-dir:checkpoints/test_convnext_cbam2.x", pretrained=True)' in card
+    assert 'from_pretrained("checkpoints/test_convnext_cbam2.x")' in card
 
 
 CODE = """

@@ -21,6 +21,7 @@ from .card import card
 from .cbam2 import resolve_options
 from .errors import UserError, one_line, run_commands
 from .hub import check_folder, whole
+from .resnet_cbam2 import CIFAR_DEPTHS
 from .run_report import command
 from .zoo import run_settings
 
@@ -29,6 +30,7 @@ __all__ = ["make", "ship", "verify"]
 SUMS = "SHA256SUMS"
 EXAMPLE = "example.safetensors"
 LOG = "training.jsonl"
+DEFAULTS = dict(in_chans=3, global_pool="avg")  # of the models that have names
 TOLERANCE = dict(rtol=1e-3, atol=1e-4)  # between machines; the same machine gives the same bits
 
 
@@ -37,7 +39,7 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
 
     Args:
         source: Folder of a model; a run beside it is described in the card.
-        name: "architecture.tag"; the package offers the weights under it.
+        name: "architecture.tag". Weights of a CIFAR ResNet are found under it; another model is opened as a folder.
         root: Where to.
 
     Returns:
@@ -53,21 +55,28 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
     architecture, _, tag = name.partition(".")
     if config["architecture"] != architecture or not tag or not tag.isidentifier():
         raise ValueError(f"{name!r} does not fit: write {config['architecture']}.TAG, with a TAG of letters and digits")
-    options = (config.get("model_args") or {}).get("cbam2")
-    if options is not None and resolve_options(options) != resolve_options():
-        raise ValueError(f"{source} has other cbam2 options than the defaults that {name!r} stands for")
+    arguments = dict(config.get("model_args") or {})
+    options = arguments.pop("cbam2", None)
+    if _has_a_name(name):
+        if options is not None and resolve_options(options) != resolve_options():
+            raise ValueError(f"{source} has other cbam2 options than the defaults that {name!r} stands for")
+        untold = {key: value for key, value in arguments.items() if DEFAULTS.get(key) != value}
+        if untold:
+            raise ValueError(f"{source} has {untold}, which {name!r} does not tell")
     config["pretrained_cfg"]["tag"] = tag
+    place = f"{Path(root).name}/{name}"
     with whole(Path(root) / name) as folder:
         shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        # It is on no Hub: timm has it by name, transformers opens the folder.
-        text = card(source, f"user/{name}", figures=_figures(source)).replace(f"hf-hub:user/{name}", name)
-        text = text.replace(f'"user/{name}"', f'"{Path(root).name}/{name}"')
+        # It is on no Hub: timm has it by name or opens the folder, as transformers does.
+        text = card(source, f"user/{name}", figures=_figures(source))
+        text = text.replace(f"hf-hub:user/{name}", name if _has_a_name(name) else f"local-dir:{place}")
+        text = text.replace(f'"user/{name}"', f'"{place}"')
         if (source.parent / "run.json").is_file():
             text += (
                 f"\n## Commands\n\nTo train it, and to measure it again; {LOG} has each epoch's figures, in the "
                 "training's precision.\n\n"
-                f"```bash\n{_commands(source.parent, name)}\n```\n"
+                f"```bash\n{_commands(source.parent, name if _has_a_name(name) else place)}\n```\n"
             )
             shutil.copyfile(source.parent / "metrics.jsonl", folder / LOG)
         (folder / "README.md").write_text(text, encoding="utf-8")
@@ -103,6 +112,11 @@ def verify(folder: str | Path) -> None:
         raise ValueError(f"{folder} gives other logits than when it was shipped (by up to {gap:.3g})")
 
 
+def _has_a_name(name: str) -> bool:
+    """Whether `timm.create_model(name, pretrained=True)` finds weights in `checkpoints/`."""
+    return name.partition(".")[0].removesuffix("_cbam2") in CIFAR_DEPTHS
+
+
 def _figures(source: Path) -> dict[str, float] | None:
     """What `evaluate` says of the model, in full precision, where its run measured it in mixed precision."""
     run = run_settings(str(source))
@@ -115,12 +129,12 @@ def _figures(source: Path) -> dict[str, float] | None:
     return {"val_accuracy": found["top1"], "val_top5": found.get("top5"), "val_loss": found["loss"]}
 
 
-def _commands(run: Path, name: str) -> str:
+def _commands(run: Path, model: str) -> str:
     """The command lines that train and measure a model, without the place where its images lay."""
     settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
     data = Path(settings["data"]).name
     held = ["--val-split", settings["val_split"]] if settings.get("val_split") else []
-    measure = shlex.join(["timm-cbam2", "evaluate", name, "--data", data, *held])
+    measure = shlex.join(["timm-cbam2", "evaluate", model, "--data", data, *held])
     return f"{command({**settings, 'data': data})}\n{measure}"
 
 
@@ -146,9 +160,8 @@ def ship(
     except (OSError, ValueError) as error:
         raise UserError(one_line(error)) from error
     size = sum(file.stat().st_size for file in folder.iterdir())
-    print(
-        f"{folder}: {size / 1e6:.1f} MB; `timm.create_model({get_arch_name(name)!r}, pretrained=True)` starts from it"
-    )
+    model = get_arch_name(name) if _has_a_name(name) else f"local-dir:{folder}"
+    print(f"{folder}: {size / 1e6:.1f} MB; `timm.create_model({model!r}, pretrained=True)` starts from it")
 
 
 if __name__ == "__main__":
