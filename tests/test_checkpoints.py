@@ -33,6 +33,19 @@ def test_every_shipped_model_replays(folder):
     assert "model-index" in card and str(ROOT) not in card and "/tmp/" not in card
 
 
+@pytest.mark.parametrize("folder", SHIPPED, ids=lambda f: f.name)
+def test_evaluate_gives_the_number_of_the_card(run, folder, tmp_path):
+    data = Path(os.environ.get("CIFAR10_JPEG", ROOT.parent / "shared" / "data" / "cifar10_jpeg" / "train.parquet"))
+    if not data.is_file():
+        pytest.skip("needs the images it was measured on: set CIFAR10_JPEG to their parquet file")
+    card = (folder / "README.md").read_text()
+    model = folder.name if timm.is_model_pretrained(folder.name) else folder
+    result = run("evaluate", model, "--data", data, "--val-split", "last:5000", "--output", tmp_path)
+    assert result.code == 0, result
+    numbers = json.loads((tmp_path / "evaluation.json").read_text())
+    assert f"Top-1 accuracy {100 * numbers['top1']:.2f} %" in card and f"value: {100 * numbers['top1']:.2f}\n" in card
+
+
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory):
     place = tmp_path_factory.mktemp("shipped")
