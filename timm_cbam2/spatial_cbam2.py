@@ -161,8 +161,9 @@ class SpatialAttn(nn.Module):
 
     @torch.jit.unused
     def is_watched(self) -> bool:
-        """Whether a convolution has hooks."""
-        return any(has_hooks(module) for module in self.modules() if type(module) is nn.Conv2d)
+        """Whether a branch, or a convolution of it, has hooks."""
+        merged = [] if self.conv is None else [self.conv]
+        return any(has_hooks(module) for module in (*self.branches.modules(), *merged))
 
     @torch.jit.unused
     def call_branches(self, maps: torch.Tensor) -> torch.Tensor:
