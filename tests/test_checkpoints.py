@@ -28,6 +28,7 @@ def test_every_shipped_model_replays(folder):
     by_name = timm.is_model_pretrained(folder.name)
     model = folder.name if by_name else f"local-dir:checkpoints/{folder.name}"
     assert f'create_model("{model}", pretrained=True)' in card
+    assert card.count(f'from_pretrained("checkpoints/{folder.name}")') == 2
     assert f"timm-cbam2 evaluate {folder.name if by_name else f'checkpoints/{folder.name}'} " in card
     assert timm.create_model(model.replace(":", f":{ROOT}/"), pretrained=True).num_classes
     assert "model-index" in card and str(ROOT) not in card and "/tmp/" not in card
@@ -65,7 +66,8 @@ def test_the_card_has_the_number_that_evaluate_gives(run, quick, write_folder, t
     data = write_folder(tmp_path / "images", count=20)
     bf16 = ("--mixed-precision", "bf16", "--no-pretrained", "--output", tmp_path / "run")
     assert run("finetune", "--data", data, *quick, *bf16).code == 0
-    folder = make(tmp_path / "run" / "last", "resnet20_cbam2.digits", tmp_path / "checkpoints")
+    folder = make(tmp_path / "run" / "last", "resnet20_cbam2.digits", tmp_path / "new")
+    assert 'from_pretrained("checkpoints/resnet20_cbam2.digits")' in (folder / "README.md").read_text()
     result = run("evaluate", folder, "--data", data, "--val-split", "0.2", "--output", tmp_path / "numbers")
     assert result.code == 0, result
     numbers = json.loads((tmp_path / "numbers" / "evaluation.json").read_text())

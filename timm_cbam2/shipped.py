@@ -64,7 +64,7 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
         if untold:
             raise ValueError(f"{source} has {untold}, which {name!r} does not tell")
     config["pretrained_cfg"]["tag"] = tag
-    place = f"{Path(root).name}/{name}"
+    place = f"checkpoints/{name}"  # where it will lie, whatever `root` is
     with whole(Path(root) / name) as folder:
         shutil.copyfile(source / "model.safetensors", folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
