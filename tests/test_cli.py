@@ -50,7 +50,7 @@ def test_suggest():
     assert suggest("convnext_tinny_cbam2")[0] == "convnext_tiny_cbam2"
     assert suggest("resnet50_cbam2.a1_in1k")[0] == "resnet50_cbam2.from_a1_in1k"
     assert suggest("resnet50_cbam2.from_a1")[0] == "resnet50_cbam2.from_a1_in1k"
-    assert suggest("resnet56_cbam2.from_a1") == ["resnet56_cbam2"]  # has no weights
+    assert suggest("resnet44_cbam2.from_a1") == ["resnet44_cbam2"]  # has no weights
     assert suggest("zzzz") == []
 
 
