@@ -43,8 +43,8 @@ def test_evaluate_gives_the_number_of_the_card(run, folder, tmp_path):
     model = folder.name if timm.is_model_pretrained(folder.name) else folder
     result = run("evaluate", model, "--data", data, "--val-split", "last:5000", "--output", tmp_path)
     assert result.code == 0, result
-    numbers = json.loads((tmp_path / "evaluation.json").read_text())
-    assert f"Top-1 accuracy {100 * numbers['top1']:.2f} %" in card and f"value: {round(100 * numbers['top1'], 2)}\n" in card
+    top1 = 100 * json.loads((tmp_path / "evaluation.json").read_text())["top1"]
+    assert f"Top-1 accuracy {top1:.2f} %" in card and f"value: {round(top1, 2)}\n" in card
 
 
 @pytest.fixture(scope="module")
