@@ -74,6 +74,22 @@ def test_the_card_has_the_number_that_evaluate_gives(run, quick, write_folder, t
     assert f"Top-1 accuracy {100 * numbers['top1']:.2f} %" in (folder / "README.md").read_text()
 
 
+def test_a_run_from_another_run_tells_both(shipped, tmp_path):
+    first = shipped.parent.parent / "run"
+    second = shutil.copytree(first, tmp_path / "second")
+    settings = dict(model=str(first / "best"), pretrained=True, data="things.parquet", epochs=1)
+    (second / "run.json").write_text(json.dumps(settings))
+    folder = make(second / "best", "resnet20_cbam2.things", tmp_path / "new")
+    assert (folder / "training.jsonl").read_text() == 2 * (first / "metrics.jsonl").read_text()
+    trained, again, _ = (folder / "README.md").read_text().partition("```bash\n")[2].splitlines()[:3]
+    assert trained.endswith("--model resnet20_cbam2 --epochs 2 --output run1")
+    assert again.endswith("--model run1/best --pretrained --epochs 1")
+    (second / "run.json").write_text(json.dumps(settings | dict(model="gone/last")))
+    with pytest.raises(ValueError, match="started from gone/last, which is no run here"):
+        make(second / "best", "resnet20_cbam2.gone", tmp_path / "new")
+    assert not (tmp_path / "new" / "resnet20_cbam2.gone").exists()
+
+
 def test_what_cannot_be_loaded_is_not_saved(tmp_path):
     model = timm.create_model("resnet20_cbam2", num_classes=2)
     for wrong, words, names in (

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Sequence
 
 import timm
 import torch
@@ -38,7 +38,7 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
     """Turn the folder of a trained model into `ROOT/NAME`, ready to be shipped.
 
     Args:
-        source: Folder of a model; a run beside it is described in the card.
+        source: Folder of a model; a run beside it is described in the card, with those that it started from.
         name: "architecture.tag". Weights of a CIFAR ResNet are found under it; another model is opened as a folder.
         root: Where to.
 
@@ -48,7 +48,7 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
 
     Raises:
         ValueError: The model is damaged, of another architecture, or has options that its name does not tell; or the
-            images to measure it on are gone.
+            images to measure it on, or the run it started from, are gone.
     """
     source = Path(source)
     config = check_folder(source)
@@ -72,13 +72,15 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
         text = card(source, f"user/{name}", figures=_figures(source))
         text = text.replace(f"hf-hub:user/{name}", name if _has_a_name(name) else f"local-dir:{place}")
         text = text.replace(f'"user/{name}"', f'"{place}"')
-        if (source.parent / "run.json").is_file():
+        runs = _runs(source)
+        if runs:
+            one_by_one = ", one run after the other" if len(runs) > 1 else ""
             text += (
                 f"\n## Commands\n\nTo train it, and to measure it again; {LOG} has each epoch's figures, in the "
-                "training's precision.\n\n"
-                f"```bash\n{_commands(source.parent, name if _has_a_name(name) else place)}\n```\n"
+                f"training's precision{one_by_one}.\n\n"
+                f"```bash\n{_commands(runs, name if _has_a_name(name) else place)}\n```\n"
             )
-            shutil.copyfile(source.parent / "metrics.jsonl", folder / LOG)
+            (folder / LOG).write_bytes(b"".join((run / "metrics.jsonl").read_bytes() for run in runs))
         (folder / "README.md").write_text(text, encoding="utf-8")
         images = torch.randn(2, *config["pretrained_cfg"]["input_size"], generator=torch.Generator().manual_seed(0))
         save_file({"input": images, "logits": _answer(folder, images)}, folder / EXAMPLE)
@@ -129,13 +131,30 @@ def _figures(source: Path) -> dict[str, float] | None:
     return {"val_accuracy": found["top1"], "val_top5": found.get("top5"), "val_loss": found["loss"]}
 
 
-def _commands(run: Path, model: str) -> str:
-    """The command lines that train and measure a model, without the place where its images lay."""
-    settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    data = Path(settings["data"]).name
+def _runs(source: Path) -> list[Path]:
+    """The runs that made a model, the first one first: a run may start from the model of another."""
+    runs: list[Path] = []
+    settings = run_settings(str(source))
+    while settings is not None:
+        runs.insert(0, Path(settings["folder"]))
+        start = str(settings["model"])
+        settings = run_settings(start)
+        if settings is None and not start.startswith("hf-hub:") and not timm.is_model(start.partition(".")[0]):
+            raise ValueError(f"{runs[0]} started from {start}, which is no run here: go to where it was started")
+    return runs
+
+
+def _commands(runs: Sequence[Path], model: str) -> str:
+    """The command lines that train and measure a model, without the places where its images and earlier runs lay."""
+    lines = []
+    for number, run in enumerate(runs, 1):
+        settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        settings["data"] = Path(settings["data"]).name
+        if number > 1:  # from a folder best/ or last/, or from the run
+            settings["model"] = str(Path(f"run{number - 1}") / Path(settings["model"]).relative_to(runs[number - 2]))
+        lines.append(command(settings) + (f" --output run{number}" if number < len(runs) else ""))
     held = ["--val-split", settings["val_split"]] if settings.get("val_split") else []
-    measure = shlex.join(["timm-cbam2", "evaluate", model, "--data", data, *held])
-    return f"{command({**settings, 'data': data})}\n{measure}"
+    return "\n".join([*lines, shlex.join(["timm-cbam2", "evaluate", model, "--data", settings["data"], *held])])
 
 
 def _answer(folder: Path, images: Tensor) -> Tensor:
