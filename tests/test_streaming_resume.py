@@ -7,14 +7,13 @@ import time
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import timm_cbam2  # noqa: F401
 from timm_cbam2 import stream
-from timm_cbam2.data import data_config
+from timm_cbam2.data import read_image
+from timm_cbam2.sources import images_of_run
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("torchdata")
@@ -40,23 +39,28 @@ def write_shards(tmp_path_factory):
     return write
 
 
+CONFIG = dict(input_size=(3, 8, 8), interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
+CONFIG["crop_mode"] = "center"
+
+
+def numbers(batches):
+    return [round(image.mean().item() * 255) for images, *_ in batches for image in images]
+
+
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
 def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, workers):
     """Interrupted after any batch, the rest of the epoch and the next one are what they would have been."""
     monkeypatch.setattr(stream, "SHUFFLE_BUFFER", 12)  # several blocks in each share
-    config = data_config(timm.create_model("resnet20"), 8)
-    mean, std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ("mean", "std"))
-    cases = [(write_shards(train=[40] * 4, validation=[3]), 160), (write_shards(train=[40] * 4), 120)]
-    for folder, total in cases[:1] if workers else cases:  # starting the workers takes its time
-        samples = stream.find_stream(str(folder), None, None, "0.25").splits["train"]  # without a val split, filtered
+    folders = [write_shards(train=[40] * 4, validation=[3]), write_shards(train=[40] * 4)]
+    for folder in folders[:1] if workers else folders:  # starting the workers takes its time
+        splits = stream.find_stream(str(folder), None, None, "0.25").splits  # without a val split, filtered
+        samples, total = splits["train"], 160
+        if folder is folders[1]:
+            total -= len(list(stream.StreamedImages(splits["val"], CONFIG, None, 0, False, (0, 1))))
 
         def loader_of(process, samples=samples):
-            dataset = stream.StreamedImages(samples, config, "none", 3, False, (process, processes))
-            return stream.make_stream_loader(dataset, 5, workers), dataset
-
-        def numbers(batches):
-            values = [(image * std + mean).mean().item() * 255 for images, *_ in batches for image in images]
-            return [round(value) for value in values]
+            dataset = stream.StreamedImages(samples, CONFIG, "none", 3, False, (process, processes))
+            return stream.make_stream_loader(dataset, 1, workers), dataset
 
         seen = [[], []]
         for process in range(processes):
@@ -67,7 +71,7 @@ def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, w
                 epochs.append(numbers(whole))
                 seen[epoch - 1] += epochs[-1]
             assert epochs[0] != sorted(epochs[0]) and epochs[0] != epochs[1]
-            for done in (7,) if workers else (1, 7, total // processes // 5 - 1):
+            for done in (7,) if workers else (1, 7, total // processes - 15):
                 broken, dataset = loader_of(process)
                 dataset.set_epoch(1)
                 batches = iter(broken)
@@ -81,6 +85,27 @@ def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, w
                 assert numbers(resumed) == epochs[1]
         for values in seen:
             assert len(values) == len(set(values)) == total
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_what_is_held_out_is_never_trained_on(write_shards, processes):
+    """In any order of the files and any division of them; and it is what `evaluate RUN` measures on."""
+    folder = write_shards(train=[7, 12, 9, 40])
+    splits = stream.find_stream(str(folder), None, None, "0.25").splits
+    run = dict(data=str(folder), streaming=True, val_split="0.25")
+    again = images_of_run(run).splits
+    held_out = sorted(np.asarray(read_image(source)).mean() for source in again["val"].sources())
+    assert 5 < len(held_out) < 30 and len(held_out) + len(again["train"]) == 68
+    for epoch in (1, 2, 3):
+        seen = {"train": [], "val": []}
+        for split, values in seen.items():
+            for process in range(processes):
+                augment = "none" if split == "train" else None
+                dataset = stream.StreamedImages(splits[split], CONFIG, augment, 0, False, (process, processes))
+                dataset.set_epoch(epoch)
+                values += numbers((image[None],) for image, *_ in dataset)
+        assert sorted(seen["val"]) == held_out
+        assert sorted(seen["train"] + seen["val"]) == list(range(68))
 
 
 ARGS = ("--streaming", "--model", "resnet20_cbam2", "--no-pretrained", "--img-size", "8", "--save-every", "1 step")

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from .data import ImageDataset, Images, data_config, find_images, make_loader
 from .errors import UserError, require, run_commands
 from .report import confusion_picture, write_whole
+from .sources import images_of_run
 from .zoo import class_names, load, resolve, run_settings
 
 __all__ = ["Predictions", "evaluate", "predict_all"]
@@ -159,13 +160,11 @@ def evaluate(
         raise UserError(f"{model} is not a run, so say what to measure it on: --data FOLDER, a data set, or digits")
     own = run is not None and (data is None or data == run["data"] or _same_folder(data, run["data"]))
     settings = run if own else {}
-    images = find_images(
-        run["data"] if own else data,
-        image_column or settings.get("image_column"),
-        label_column or settings.get("label_column"),
-    )
-    if own or val_split is not None:
-        images = images.with_val(run.get("val_split", 0.2) if val_split is None else val_split)
+    if own:
+        images = images_of_run(run, image_column, label_column, val_split)
+    else:
+        images = find_images(data, image_column, label_column)
+        images = images if val_split is None else images.with_val(val_split)
     split = split or next(s for s in ("val", "test", "all", "train") if s in images.splits)
     if split not in images.splits:
         raise UserError(f"--split {split}: {images.name} has {', '.join(images.splits)}")

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .attention_picture import LOWERS, NEUTRAL, RAISES, overlay, reach_of, scale_label, short_name, shown_blocks
-from .data import ImageDataset, Samples, data_config, find_images, make_loader
+from .data import ImageDataset, Samples, data_config, make_loader
 from .errors import UserError
 from .evaluate import Predictions, match_classes
 from .explain import Explainer, Explanation
 from .html_parts import bytes_image, colour_scale, pixels_image, table
 from .report import confusion_picture
+from .sources import images_of_run
 from .zoo import class_names, load
 
 __all__ = ["Seen", "confusion_part", "look", "mistakes_part"]
@@ -53,11 +54,13 @@ def look(settings: Mapping[str, Any], seconds: float | None) -> Seen:
         seconds: after which the images seen so far must do, in an order that mixes the classes; None means no limit.
 
     Raises:
-        UserError: no model, no images any more, or other classes than in the run.
+        UserError: no model, no images any more, other classes than in the run, or not the time to load what was
+            streamed.
     """
+    if settings.get("streaming") and seconds is not None:
+        raise UserError("the images were streamed; `timm-cbam2 report RUN` loads them all and looks at them")
     model = load(settings["folder"])
-    images = find_images(settings["data"], settings.get("image_column"), settings.get("label_column"))
-    images = images.with_val(settings["val_split"])
+    images = images_of_run(settings)
     targets = match_classes(model, images, settings["folder"])
     samples = images.splits["val"]
     samples.labels = [targets[label] for label in samples.labels]

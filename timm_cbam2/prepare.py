@@ -12,11 +12,12 @@ import torch
 from torch import nn
 
 from .cached import CachedImages
-from .data import ImageDataset, Images, data_config, find_images, make_loader
+from .data import ImageDataset, Images, data_config, make_loader
 from .errors import UserError, one_line
 from .launch import usable_cpus
 from .passes_cbam2 import kernel_in_use
 from .settings import DEFAULT_LR, OF_THE_CALL
+from .sources import images_of_run
 from .stream import StreamedImages, find_stream, make_stream_loader
 from .twins_cbam2 import WARM_START
 from .zoo import class_names, load, pretrained_tags, resolve
@@ -28,10 +29,10 @@ ADAPTS = ("epochs", "patience", "cpu", "data")  # may change from one part of a 
 
 def open_images(settings: dict[str, Any]) -> Images:
     """The images of `--data`, with a train and a val split."""
-    columns = settings["image_column"], settings["label_column"]
     if settings["streaming"]:
+        columns = settings["image_column"], settings["label_column"]
         return find_stream(settings["data"], *columns, settings["val_split"])
-    return find_images(settings["data"], *columns).with_val(settings["val_split"])
+    return images_of_run(settings)
 
 
 def build(settings: dict[str, Any], images: Images) -> tuple[nn.Module, bool, list[str]]:

@@ -6,14 +6,15 @@ import math
 import os
 import random
 import re
+import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from .errors import UserError, require
 
-__all__ = ["Images", "Samples", "find_images", "parse_val_split"]
+__all__ = ["Images", "Samples", "find_images", "images_of_run", "is_held_out", "parse_val_split"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
@@ -67,11 +68,12 @@ class Images:
     data_config: dict[str, Any] = field(default_factory=dict)  # overrides the model's own preprocessing
     augment: str = "standard"
 
-    def with_val(self, split: float | str) -> Images:
+    def with_val(self, split: float | str, by_content: bool = False) -> Images:
         """The same data with a "train" and a "val" split: its own, or some held out of the rest.
 
         Args:
             split: a share, held out evenly over the classes, or "last:N" for the last N images.
+            by_content: hold out those that a stream of the same data holds out, see `is_held_out`.
 
         Raises:
             UserError: `split` is not in (0, 1) nor "last:N", or too few images to split.
@@ -94,6 +96,9 @@ class Images:
                 )
             cut = len(labels) - last
             train, val = list(range(cut)), list(range(cut, len(labels)))
+        elif by_content:
+            held = [is_held_out(source, share) for source in self.splits[pool].sources()]
+            train, val = ([i for i, is_val in enumerate(held) if is_val is wanted] for wanted in (False, True))
         else:
             train, val = _stratified(labels, share)
         if not val:
@@ -126,6 +131,35 @@ def parse_val_split(split: float | str) -> tuple[float, int]:
             f"--val-split {split} is not a share of the images: give a number between 0 and 1, or last:N for the last N"
         )
     return share, 0
+
+
+def is_held_out(source: str | bytes, share: float) -> bool:
+    """Whether a stream holds an image out for validation, by its bytes or else by its folder and name.
+
+    A row of a stream has no number that holds: files come in any order, and are divided among processes and workers.
+
+    Args:
+        source: what PIL can open.
+        share: of the images that are held out, on average.
+    """
+    content = source if isinstance(source, bytes) else "/".join(Path(source).parts[-2:]).encode()
+    return zlib.crc32(content) < share * 2**32
+
+
+def images_of_run(
+    run: Mapping[str, Any],
+    image_column: str | None = None,
+    label_column: str | None = None,
+    val_split: float | str | None = None,
+) -> Images:
+    """The images of a run with these settings (run.json), and the split that it made, unless another is asked for.
+
+    Raises:
+        UserError: see `find_images` and `Images.with_val`.
+    """
+    columns = image_column or run.get("image_column"), label_column or run.get("label_column")
+    split = run.get("val_split", 0.2) if val_split is None else val_split
+    return find_images(run["data"], *columns).with_val(split, val_split is None and bool(run.get("streaming")))
 
 
 def find_images(data: str, image_column: str | None = None, label_column: str | None = None) -> Images:

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset
 
 from .data import UNREADABLE, build_transform, read_image, seeded, start_worker
 from .errors import UserError, one_line, require
-from .sources import SPLITS, Images, Samples, parse_val_split
+from .sources import SPLITS, Images, Samples, is_held_out, parse_val_split
 from .tables import choose_columns
 
 __all__ = ["StreamedImages", "find_stream", "in_turns", "load_place", "make_stream_loader", "place"]
@@ -37,7 +37,7 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
     """Open a folder of parquet files, an image folder or a Hub data set without reading it.
 
     Classes come from the set's own description or, without one, from one pass over its label column. Where there is no
-    validation split, every n-th row is held out.
+    validation split, some rows are held out, the same in any order and number of processes; how many is estimated.
 
     Raises:
         UserError: it cannot be streamed, has no train split, or does not say its classes.
@@ -75,16 +75,20 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
     if "val" not in tables:
         if last:
             raise UserError(f"--val-split {val_split}: with --streaming give a share, or data with a val split")
-        every = max(2, round(1 / share))
-        table = tables["train"]
-        tables["val"] = table.filter(lambda row, number: number % every == 0, with_indices=True)
-        tables["train"] = table.filter(lambda row, number: number % every != 0, with_indices=True)
-        total = counts["train"]
-        counts["val"] = -(-total // every)
+        table, total = tables["train"], counts["train"]
+        tables["val"] = table.filter(lambda row: is_held_out(_content(row, columns[0]), share))
+        tables["train"] = table.filter(lambda row: not is_held_out(_content(row, columns[0]), share))
+        counts["val"] = min(max(round(total * share), 1), total - 1)
         counts["train"] = total - counts["val"]
-        notes.append(f"no val split: every {every}th image is held out for validation")
+        notes.append(f"no val split: about {100 * share:g} % of the images, told by their content, are held out")
     splits = {split: StreamSamples(tables[split], n, columns, index) for split, n in counts.items()}
     return Images(path.resolve().stem if path.exists() else data.replace("/", "_"), classes, splits, notes)
+
+
+def _content(row: dict[str, Any], column: str) -> Any:
+    """What PIL can open."""
+    image = row[column] or {}
+    return image.get("bytes") or image.get("path") or b""
 
 
 def _classes(data: str, table: Any, column: str) -> tuple[list[str], dict[Any, int]]:
@@ -196,18 +200,22 @@ class StreamedImages(IterableDataset):
         worker = torch.utils.data.get_worker_info()
         stream = (self.seed, self.epoch, self.process[0], worker.id if worker else 0)
         for number, row in self._rows(stream):
-            content = row[image_column] or {}
             try:
-                image = read_image(content.get("bytes") or content.get("path") or b"", self.mode)
+                image = read_image(_content(row, image_column), self.mode)
             except UNREADABLE as error:
                 if not self.skip_bad:
                     raise UserError(
-                        f"cannot read {content.get('path') or f'row {number} of the stream'} as an image "
+                        f"cannot read {(row[image_column] or {}).get('path') or f'row {number} of the stream'} as an image "
                         f"({one_line(error, 150)}): leave such images out with --skip-bad-images"
                     ) from error
                 self.bad += 1
                 continue
-            label = self.samples.index[row[label_column]]
+            label = self.samples.index.get(row[label_column])
+            if label is None:
+                raise UserError(
+                    f"row {number} of the stream: column '{label_column}' holds {row[label_column]!r}, which names no "
+                    "class; remove such rows"
+                )
             if not self.training:
                 yield self.transform(image), label, -1
                 continue

@@ -12,8 +12,9 @@ import typer
 from torch import Tensor, nn
 
 from ..cbam2 import is_cbam2, record_attention
-from ..data import ImageDataset, data_config, find_images, make_loader
+from ..data import ImageDataset, data_config, make_loader
 from ..errors import UserError
+from ..sources import images_of_run
 from ..zoo import load, run_settings
 from .masks import Moments, fixed_mask_accuracy
 
@@ -105,8 +106,8 @@ def routing(
     settings = run_settings(model) or {}
     if data is None and "data" not in settings:
         raise UserError(f"{model} is not a run, so say what to measure it on: --data FOLDER, a data set, or digits")
-    images = find_images(data or settings["data"], settings.get("image_column"), settings.get("label_column"))
-    images = images.with_val(val_split or settings.get("val_split", 0.2))
+    own = data is None or data == settings.get("data")
+    images = images_of_run(settings if own else {"data": data}, val_split=val_split)
     network = load(model)
     if not any(is_cbam2(module) for module in network.modules()):
         raise UserError(f"{model} has no CBAM2 block to look at: give a model named …_cbam2")

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from ..cbam2 import is_cbam2
-from ..data import ImageDataset, data_config, find_images, make_loader
+from ..data import ImageDataset, data_config, make_loader
 from ..errors import UserError, one_line
 from ..hub import save
+from ..sources import images_of_run
 from ..zoo import class_names, load
 from .grid import Job
 
@@ -66,8 +67,7 @@ def accuracy(folder: Path, options: Mapping[str, Any]) -> float:
         options: of `finetune`, which tell the data.
     """
     network = load(str(folder)).eval()
-    images = find_images(options["data"], options.get("image_column"), options.get("label_column"))
-    images = images.with_val(options.get("val_split", 0.2))
+    images = images_of_run(options)
     samples = ImageDataset(images.splits["val"], data_config(network), skip_bad=bool(options.get("skip_bad_images")))
     hits = 0
     for batch, labels, _ in make_loader(samples, 250, 0):
