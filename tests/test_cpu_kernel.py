@@ -189,6 +189,13 @@ def test_by_the_environment_and_without_a_compiler(built, script, environment, t
     assert failed.err.count("the CPU kernel cannot be built") == 1 and "Traceback" not in failed.err
     assert os.listdir(tmp_path / "none") == []
 
+    # One that does not load here, as of another machine, is as none.
+    code = "import timm_cbam2.cpu_kernel as k; k._build = lambda path, flags: print(path); k.enable_cpu_kernel()"
+    (path,) = script(code, env=bare).out.split()
+    (tmp_path / "none" / os.path.basename(path)).write_bytes(b"no library")
+    failed = script(program, env=bare)
+    assert (failed.code, failed.out) == (0, "False\n") and "the CPU kernel cannot be built" in failed.err
+
 
 def test_the_benchmark_has_it_beside_the_others(built, run, tmp_path):
     words = ("--img-size", "32", "--batch-size", "2", "--rounds", "1", "--threads", "1", "--no-memory", "--floor")

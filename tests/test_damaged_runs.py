@@ -8,7 +8,9 @@ import timm
 import torch
 
 from timm_cbam2.card import card
+from timm_cbam2.errors import UserError
 from timm_cbam2.hub import save
+from timm_cbam2.sources import check_apart
 
 DAMAGE = {"cut": '{"model": "resnet', "a list": "[1, 2]", "empty": "{}", "not text": b"\xff\xfe\x00"}
 
@@ -74,6 +76,9 @@ def test_a_model_folder_names_the_file_at_fault(copy, refused):
         (("--attention-lr-scale", "inf"), ("--attention-lr-scale inf", "a number from 0")),
         (("--momentum", "1.5"), ("--momentum 1.5", "less than 1")),
         (("--img-size", "100000"), ("--img-size 100000", "4096")),
+        (("--val-img-size", "4"), ("--val-img-size 4", "4096")),
+        (("--opt", "adahessian", "--lr", "0.01"), ("--opt adahessian", "second derivatives", "adamw")),
+        (("--data", "n" * 300), ("no such folder",)),
         (("--opt-kwargs", "foo=1"), ("foo", "leave --opt-kwargs")),
     ],
     ids=lambda value: value[-1] if isinstance(value, tuple) else None,
@@ -96,6 +101,18 @@ def test_tables_of_the_wrong_kind(columns, words, refused, tmp_path):
 
     Dataset.from_dict(columns).to_parquet(tmp_path / "table.parquet")
     refused("finetune", "--data", tmp_path / "table.parquet", "--output", tmp_path / "run", words=words)
+
+
+def test_a_run_is_not_written_among_its_images(refused, write_folder, quick, tmp_path):
+    data = write_folder(tmp_path / "images", count=4)
+    for output in (data, data / "run"):
+        refused("finetune", "--data", data, *quick, "--output", output, words=("lies among the images", "elsewhere"))
+    assert sorted(path.name for path in data.iterdir()) == ["digit0", "digit1", "digit2"]
+    write_folder(tmp_path / "split" / "train", count=4)
+    with pytest.raises(UserError, match="lies among"):
+        check_apart(tmp_path / "split" / "train" / "run", str(tmp_path / "split"))
+    check_apart(tmp_path / "split" / "run", str(tmp_path / "split"))
+    check_apart(tmp_path / "run", str(data))
 
 
 def test_results_that_cannot_be_written(copy, refused, small_run, tmp_path):

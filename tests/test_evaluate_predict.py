@@ -86,6 +86,14 @@ def test_predict(run, refused, small_run, truncate, tmp_path):
     assert result.out.splitlines() == [result.out.strip()] and str(images[0]) in result.out  # the good one is answered
 
 
+@pytest.mark.parametrize("command", ["predict", "explain"])
+def test_features_are_no_answer(refused, small_run, command, tmp_path):
+    save(timm.create_model("resnet20_cbam2", num_classes=0), tmp_path / "model")
+    image = next(small_run[1].glob("*/*.png"))
+    refused(command, tmp_path / "model", image, words=("has no classifier",), cwd=tmp_path)
+    refused(command, "m" * 300, image, words=("unknown model mmm",), cwd=tmp_path)
+
+
 @pytest.mark.parametrize("name", ["best", "last"])
 def test_predict_takes_a_model_folder(run, small_run, name):
     folder, data = small_run

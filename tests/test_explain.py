@@ -56,6 +56,19 @@ def test_folders_get_an_index_and_equal_names_do_not_collide(run, small_run, ima
     assert any(key.startswith("compare/layer1.0.se/") for key in np.load(tmp_path / "000.npz"))
 
 
+def test_files_of_yours_stay(run, small_run, images, tmp_path):
+    """Those of an earlier call are drawn anew."""
+    yours = {"000.png": b"picture", "index.html": b"<title>page</title>"}
+    for name, content in yours.items():
+        (tmp_path / name).write_bytes(content)
+    for _ in range(2):
+        result = run("explain", small_run[0], images, "-o", tmp_path)
+        assert result.code == 0 and "index-2.html" in result.out, result
+        names = {path.name for path in tmp_path.iterdir()}
+        assert names == {*yours, "000-2.png", "000-2.npz", "000-3.png", "000-3.npz", "index-2.html"}
+    assert yours == {name: (tmp_path / name).read_bytes() for name in yours}
+
+
 def test_every_kind_of_image_and_file_name(run, small_run, digits, tmp_path):
     """Drawn beside the images themselves, whose files stay as they are."""
     folder, _ = small_run

@@ -197,6 +197,8 @@ def test_a_damaged_checkpoint(run, half, whole, fault):
     else:
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
+    if fault == "flipped":  # one of the same step was set aside before
+        shutil.copytree(newest, newest.with_name(f"damaged-{newest.name}"))
     result = run(*args)
     assert result.code == 0, result
     (line,) = [line for line in result.out.splitlines() if str(newest) in line]
@@ -207,6 +209,20 @@ def test_a_damaged_checkpoint(run, half, whole, fault):
 
 def steps_before(path):
     return int(path.name[5:]) - 1
+
+
+def test_from_another_directory(run, refused, small_run, images, quick, tmp_path):
+    """A run that started from a folder's model, by a relative path, goes on from anywhere, in its own folder only."""
+    shutil.copytree(small_run[0] / "best", tmp_path / "first")
+    args = ("finetune", "--data", images, *quick, "--model", "first", "--epochs", "1", "--output", "run")
+    result = run(*args, cwd=tmp_path)
+    assert result.code == 0, result
+    (tmp_path / "elsewhere").mkdir()
+    again = ("finetune", "--resume", "../run", "--epochs", "2")
+    refused(*again, "--output", "new", words=("--resume ../run", "leave --output new out"), cwd=tmp_path / "elsewhere")
+    result = run(*again, cwd=tmp_path / "elsewhere")
+    assert result.code == 0 and "going on from" in result.out, result
+    assert not (tmp_path / "elsewhere" / "new").exists()
 
 
 def test_no_whole_checkpoint_is_left(refused, half):

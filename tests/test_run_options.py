@@ -30,6 +30,9 @@ def test_senseless_numbers(refused):
     for name, value in (("layer_decay", 0.0), ("layer_decay", 7.0), ("clip_grad", 0.0), ("weight_decay", math.inf)):
         with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value:g} makes no sense: give"):
             finetune(**{name: value})
+    for name, value in (("epochs", 0), ("batch_size", 1), ("accumulate", 0), ("keep", 0), ("label_smoothing", 1.0)):
+        with pytest.raises(UserError, match=f"--{name.replace('_', '-')} {value:g} makes no sense: give"):
+            finetune(**{name: value})
     with pytest.raises(UserError, match="--bce-target-threshold is a threshold of --bce"):
         finetune(bce_target_threshold=0.2)
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from timm_cbam2.data import build_transform, data_config, read_image
+from timm_cbam2.run_report import command
 
 TIMES = ("seconds", "images_per_second")
 
@@ -93,6 +94,13 @@ def test_the_command_in_it_makes_the_same_run(run, small_run, tmp_path):
         for key in TIMES:
             row.pop(key)
     assert one == two
+
+
+def test_the_command_says_how_many_processes_a_launcher_started(small_run):
+    settings = json.loads((small_run[0] / "run.json").read_text())
+    assert "--num-processes" not in command(settings)
+    assert "--num-processes 4" in command(settings | dict(processes=4))
+    assert "--num-processes 2" in command(settings | dict(processes=2, num_processes=2))
 
 
 def test_any_name_is_only_a_name(run, write_folder, quick, tmp_path):

@@ -167,6 +167,18 @@ def test_told_to_stop_while_it_measures(start, start_group, write_shards, tmp_pa
     assert [(row["step"], row["val_images"]) for row in rows(folder)] == [(steps, 121)]
 
 
+def test_a_row_without_a_label(refused, tmp_path):
+    kind = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in range(12)]
+    part = datasets.Dataset.from_dict({"image": images, "label": [0, 1, None] * 4}, features=kind)
+    part.to_parquet(tmp_path / "data" / "train-0.parquet")
+    part.select([0, 1]).to_parquet(tmp_path / "data" / "validation-0.parquet")
+    refused(
+        *("finetune", "--data", tmp_path / "data", *ARGS, "--batch-size", "2", "--output", tmp_path / "run"),
+        words=("column 'label' holds None", "remove"),
+    )
+
+
 def test_a_share_too_small_for_a_batch(refused, write_shards, tmp_path):
     data = write_shards(train=[8], validation=[4])
     refused("finetune", "--data", data, *ARGS, "--output", tmp_path / "run", words=("no batch of 32", "--batch-size"))

@@ -11,7 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from .configuration_cbam2 import architectures
-from .run_folder import read_metrics, read_settings
+from .run_folder import best_row, read_metrics, read_settings
 
 __all__ = ["LICENSES", "card", "is_generated", "license_of", "write_card"]
 
@@ -92,8 +92,7 @@ def _run(folder: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
             if not rows:
                 return run, None
             is_last = folder.name == "last"
-            best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
-            return run, rows[-1] | {"was_chosen": False} if is_last else best
+            return run, rows[-1] | {"was_chosen": False} if is_last else best_row(rows)
     return None, None
 
 

@@ -21,6 +21,10 @@ __all__ = ["Checkpoints", "Position", "damage", "writing"]
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 INFO = "checkpoint.json"
 PREFIX = "step-"
+OF_THE_RUN = (
+    "best", "last", "run.json", "metrics.jsonl", "report.html", "curves.png", "confusion.png", "health.png",
+    "bad_batch.json",
+)  # fmt: skip
 # What torch, safetensors and the operating system raise when a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -161,7 +165,10 @@ class Checkpoints:
             problem = damage(path)
             if problem is None:
                 for bad in damaged:
-                    bad.rename(self.folder / f"damaged-{bad.name}")
+                    aside = self.folder / f"damaged-{bad.name}"
+                    if aside.exists():  # of the same step, before
+                        shutil.rmtree(aside)
+                    bad.rename(aside)
                 return path, [f"{line}; the previous one, {path.name}, is used" for line in problems]
             problems.append(f"checkpoint {path}: {problem}")
             damaged.append(path)
@@ -177,7 +184,8 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove what a killed run left half-written. Main process only."""
-        for rest in (*self.folder.glob(".*.tmp"), *self.folder.parent.glob(".*.tmp")):
+        beside = (f".{name}.*tmp" for name in OF_THE_RUN)
+        for rest in (*self.folder.glob(".*.tmp"), *(path for name in beside for path in self.folder.parent.glob(name))):
             shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
 
     def _first(self, problem: str | None) -> str | None:

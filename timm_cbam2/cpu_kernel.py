@@ -43,9 +43,7 @@ def enable_cpu_kernel() -> None:
         key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
         root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
         library = root / f"timm_cbam2_cpu-{key}.so"
-        if library.exists():
-            torch.ops.load_library(library)
-        else:
+        if not _loads(library):
             _build(library, flags)
     passes_cbam2.use_kernel(torch.ops.timm_cbam2_cpu)
 
@@ -64,6 +62,15 @@ def cpu_kernel(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         (enable_cpu_kernel if before else disable_cpu_kernel)()
+
+
+def _loads(library: Path) -> bool:
+    """Load it, if it is there and is one of this machine's: a home folder may be shared with others."""
+    try:
+        torch.ops.load_library(library)
+    except OSError:
+        return False
+    return True
 
 
 def _build(library: Path, flags: list[str]) -> None:

@@ -74,12 +74,15 @@ def read_image(source: str | Path | bytes | Image.Image, mode: str = "RGB") -> I
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
-def data_config(model: nn.Module, img_size: int | None = None, **overrides: Any) -> dict[str, Any]:
+def data_config(
+    model: nn.Module, img_size: int | None = None, option: str = "--img-size", **overrides: Any
+) -> dict[str, Any]:
     """timm's preprocessing for `model`, from its own `pretrained_cfg`: input_size, mean, std, interpolation, crop.
 
     Args:
         model: any timm model.
         img_size: side in pixels, in place of the model's own.
+        option: which gave it.
         overrides: values that the data set asks for, such as `crop_pct`.
 
     Raises:
@@ -91,11 +94,9 @@ def data_config(model: nn.Module, img_size: int | None = None, **overrides: Any)
     size = config["input_size"][1:]
     if img_size is not None:
         if not 8 <= img_size <= MAX_SIDE:
-            raise UserError(f"--img-size {img_size} makes no sense: give 8 to {MAX_SIDE} pixels")
+            raise UserError(f"{option} {img_size} makes no sense: give 8 to {MAX_SIDE} pixels")
         if cfg.get("fixed_input_size") and tuple(size) != (img_size, img_size):
-            raise UserError(
-                f"--img-size {img_size}: {cfg.get('architecture')} takes {size[0]} pixels only; leave it out"
-            )
+            raise UserError(f"{option} {img_size}: {cfg.get('architecture')} takes {size[0]} pixels only; leave it out")
         size = (img_size, img_size)
     if channels not in (1, 3):
         raise UserError(f"the model takes {channels} channels; images give 1 or 3")

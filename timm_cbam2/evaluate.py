@@ -17,7 +17,7 @@ from .data import ImageDataset, Images, data_config, find_images, make_loader
 from .errors import UserError, require, run_commands
 from .report import confusion_picture, write_whole
 from .sources import images_of_run
-from .zoo import class_names, load, resolve, run_settings
+from .zoo import class_names, load, resolve, run_settings, whole_name
 
 __all__ = ["Predictions", "evaluate", "predict_all"]
 
@@ -64,6 +64,7 @@ def predict_all(
     parts = []
     for batch in loader if prepared else _while_any(accelerator, loader):
         if stop is not None and stop():
+            model.train(training)
             return None
         if batch is None:
             continue
@@ -224,7 +225,7 @@ def _same_folder(one: str, other: str) -> bool:
 
 def _folder_name(model: str, images: Images, split: str, run: dict[str, Any] | None) -> str:
     name = f"evaluate-{images.name}-{split}"
-    return name if run else f"{Path(model).name.replace(':', '-')}-{name}"
+    return name if run else f"{Path(whole_name(model)).name.replace(':', '-')}-{name}"
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from contextlib import nullcontext
 from dataclasses import dataclass
 from html import escape
@@ -22,10 +23,11 @@ from .errors import UserError, one_line, require, run_commands
 from .health import branch_names
 from .report import write_whole
 from .sources import EXTENSIONS
-from .zoo import class_names, load
+from .zoo import check_classifier, class_names, load
 
 __all__ = ["BlockView", "Explainer", "Explanation", "explain", "write_arrays"]
 
+TITLE = "<title>Attention of "
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Attention of {model}</title>
@@ -107,6 +109,7 @@ class Explainer:
         self.blocks = {n: m for n, m in self.model.named_modules() if isinstance(m, Cbam2)}
         if not self.blocks and model is None:
             raise UserError(f"{name} has no CBAM2 block to look at: give a model named …_cbam2")
+        check_classifier(self.model, name)
         self.config = data_config(self.model, img_size)
         self.transform = build_transform(self.config)
         self.names = class_names(self.model, describe=True)
@@ -149,14 +152,14 @@ def _find(images: Sequence[str], output: Path) -> list[Path]:
     own = {Path(given).expanduser().resolve() for given in images}
     for given in images:
         path = Path(given).expanduser()
-        if path.is_dir():
+        if os.path.isdir(path):
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
             if output.resolve() not in own:
                 inside = [p for p in inside if output.resolve() not in p.resolve().parents]
             if not inside:
                 raise UserError(f"{given} holds no images ({', '.join(EXTENSIONS)})")
             found += inside
-        elif path.exists():
+        elif os.path.exists(path):
             found.append(path)
         else:
             raise UserError(f"{given}: no such image or folder")
@@ -164,17 +167,27 @@ def _find(images: Sequence[str], output: Path) -> list[Path]:
 
 
 def _outputs(images: Sequence[Path], folder: Path) -> list[Path]:
-    """A PNG for each image; a name that is taken, by another picture or by one of the images, gets a number."""
+    """A PNG for each image; a name that is taken, by another picture, an image or a file of yours, gets a number."""
     taken = {image.resolve() for image in images}
     outputs = []
     for image in images:
         output, number = folder / f"{image.stem}.png", 1
-        while output.resolve() in taken:
+        # Of an earlier call, both the picture and its arrays are there.
+        while output.resolve() in taken or output.exists() != output.with_suffix(".npz").exists():
             number += 1
             output = folder / f"{image.stem}-{number}.png"
         taken.add(output.resolve())
         outputs.append(output)
     return outputs
+
+
+def _index(folder: Path) -> Path:
+    """Where the index page goes: a page that is not of an earlier call stays as it is."""
+    path, number = folder / "index.html", 1
+    while path.exists() and TITLE not in path.read_text(encoding="utf-8", errors="replace"):
+        number += 1
+        path = folder / f"index-{number}.html"
+    return path
 
 
 def write_arrays(explanations: Sequence[Explanation], path: Path) -> None:
@@ -245,8 +258,9 @@ def explain(
             title = escape(" and ".join(explainer.name for explainer in explainers))
             count = "1 image." if len(drawn) == 1 else f"{len(drawn)} images."
             page = INDEX.format(model=title, count=count, figures="\n".join(figures))
-            (output / "index.html").write_text(page, encoding="utf-8")
-            print(f"{len(drawn)} pictures, their arrays and {output / 'index.html'} in {output}")
+            index = _index(output)
+            index.write_text(page, encoding="utf-8")
+            print(f"{len(drawn)} pictures, their arrays and {index} in {output}")
         elif drawn:
             print(f"picture {drawn[0]}, arrays {drawn[0].with_suffix('.npz')}")
     except OSError as error:

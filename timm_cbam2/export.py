@@ -17,7 +17,7 @@ from torch.jit.frontend import FrontendError
 
 from .data import data_config
 from .errors import UserError, one_line, require, run_commands
-from .zoo import load, pretrained_tags, resolve
+from .zoo import load, pretrained_tags, resolve, whole_name
 
 __all__ = ["export", "export_onnx", "export_pt2", "export_torchscript"]
 
@@ -191,7 +191,7 @@ def export(
     network = load(model, pretrained=pretrained)
     config = data_config(network, img_size)
     size = tuple(config["input_size"])
-    name = Path(model.rstrip("/")).name.replace(":", "-")
+    name = Path(whole_name(model)).name.replace(":", "-")
     done = {}
     formats = (
         (torchscript, ".pt", export_torchscript),

@@ -17,7 +17,8 @@ from .errors import UserError, command_line, require, run_commands
 from .guards import lock
 from .launch import is_launched, launch, lost_peers, make_accelerator, tracker_names
 from .settings import OF_THE_CALL, Applied, apply_recipe, apply_resume, check_options, resolved_text
-from .zoo import resolve
+from .sources import check_apart
+from .zoo import resolve, whole_name
 
 __all__ = ["finetune"]
 
@@ -43,7 +44,9 @@ def finetune(
     opt_kwargs: Annotated[list[str], _option(OPTIM, "More of the optimizer's arguments.", metavar="KEY=VALUE")] = [],  # noqa: B006
     momentum: Annotated[float | None, _option(OPTIM, "For optimizers that have one.", min=0.0)] = None,
     sched: Annotated[str, _option(OPTIM, "Learning rate schedule, by timm's name.")] = "cosine",
-    warmup_epochs: Annotated[float, _option(OPTIM, "Epochs of rising learning rate.", min=0.0)] = 1.0,
+    warmup_epochs: Annotated[
+        float, _option(OPTIM, "Epochs of rising learning rate, at most half of all.", min=0.0)
+    ] = 1.0,
     layer_decay: Annotated[
         float | None, _option(OPTIM, "Learning rate of each layer as a share of the next one's.", min=0.0)
     ] = None,
@@ -142,6 +145,7 @@ def finetune(
     require("matplotlib")
     _check_trackers(tracker_names(track))
     resolve(model)
+    settings["model"] = whole_name(model)
     if push_to is not None and os.environ.get("RANK", "0") == "0":  # other machines push nothing and need no token
         from .push import check_push
 
@@ -156,7 +160,9 @@ def finetune(
     from .prepare import open_images
 
     images = open_images(settings)
-    folder = Path(output or _default_output(model, images)).expanduser()
+    where = resume if output is None and resume not in (None, "auto") else output
+    folder = Path(where or _default_output(model, images)).expanduser()
+    check_apart(folder, data)
     accelerator = make_accelerator(settings, str(folder) if track else None)
     with lost_peers():
         folder = Path(broadcast_object_list([str(folder)])[0])  # its name has the time in it

@@ -76,20 +76,15 @@ class LossWatch:
 
     Args:
         name: gives the name of an image by its index.
-        every: steps between looks at the losses.
     """
 
-    def __init__(self, name: Any, every: int):
-        self.name, self.every = name, every
+    def __init__(self, name: Any):
+        self.name = name
         self.seen: list[tuple[int, int, float, Tensor, Tensor]] = []
 
     def add(self, epoch: int, step: int, lr: float, loss: Tensor, indices: Tensor) -> None:
-        """Remember a step; look at those that wait when there are enough of them."""
+        """Remember a step."""
         self.seen.append((epoch, step, lr, loss.detach(), indices))
-
-    def due(self) -> bool:
-        """Whether it is time to look."""
-        return len(self.seen) >= self.every
 
     def look(self) -> dict[str, Any] | None:
         """What is known of the first bad step among those that wait, None if all are fine."""

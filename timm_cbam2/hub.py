@@ -81,7 +81,7 @@ def save(
             hook.remove()
         _complete_config(temporary / "config.json", model, tag)
         if is_generated(Path(folder) / "README.md"):
-            write_card(temporary, f"user/{Path(folder).name}", Path(folder))
+            write_card(temporary, f"user/{Path(folder).resolve().name}", Path(folder))
     return Path(folder)
 
 

@@ -58,7 +58,7 @@ class Run:
         self.save_every, self.save_unit = save_interval(settings["save_every"])
         # A GPU must not wait at every step for a look at its loss, or for the other processes' signals.
         self.look_every = 1 if accelerator.device.type == "cpu" else 20
-        self.watch = LossWatch(self.parts["train"].name, self.look_every)
+        self.watch = LossWatch(self.parts["train"].name)
         self.found_bad: dict[str, Any] | None = None
         self.probe: Tensor | None = None
         self.warned: set[str] = set()

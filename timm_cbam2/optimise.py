@@ -107,7 +107,7 @@ def make_optimizer(network: nn.Module, settings: dict[str, Any]) -> Any:
     if settings["momentum"] is not None:
         extra["momentum"] = settings["momentum"]
     try:
-        return create_optimizer_v2(
+        optimizer = create_optimizer_v2(
             network,
             opt=opt,
             lr=settings["lr"],
@@ -121,6 +121,9 @@ def make_optimizer(network: nn.Module, settings: dict[str, Any]) -> Any:
         with_what = f" with {extra}" if extra else ""
         advice = "leave --opt-kwargs or --momentum out" if extra else "try --opt adamw"
         raise UserError(f"--opt {opt} cannot be used here{with_what}: {one_line(error, 200)}; {advice}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"--opt {opt} needs second derivatives, which are not computed here; try --opt adamw")
+    return optimizer
 
 
 def make_schedule(optimizer: Any, settings: dict[str, Any], updates_per_epoch: int) -> Any:

@@ -42,12 +42,12 @@ def _one_of(*names: str):
     return lambda v: isinstance(v, str) and v in names, f"one of {', '.join(names)}"
 
 
-_COUNT = (_is_count, "a whole number of at least 1")
+_COUNT = (_is_count, f"a whole number from 1 to {MAX_COUNT}")
 _FLAG = (lambda v: isinstance(v, bool), "True or False")
 _RULES = {
     "channels": _COUNT,
     "rd_ratio": (lambda v: _is_number(v) and v > 0, "a number above 0"),
-    "rd_channels": (lambda v: v is None or _is_count(v), "None or a whole number of at least 1"),
+    "rd_channels": (lambda v: v is None or _is_count(v), f"None or a whole number from 1 to {MAX_COUNT}"),
     "rd_divisor": _COUNT,
     "fusion": _one_of(*FUSIONS),
     "router_channels": _COUNT,

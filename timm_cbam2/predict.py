@@ -10,7 +10,7 @@ import typer
 
 from .data import UNREADABLE, build_transform, data_config, read_image
 from .errors import UserError, one_line, run_commands
-from .zoo import class_names, load
+from .zoo import check_classifier, class_names, load
 
 __all__ = ["predict"]
 
@@ -28,9 +28,10 @@ def predict(
         For each image its `top_k` (class name, probability), best first.
 
     Raises:
-        UserError: no such model, or an image that cannot be read; the others are answered first.
+        UserError: no such model, one without classes, or an image that cannot be read; the others are answered first.
     """
     network = load(model).eval()
+    check_classifier(network, model)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network.to(device)
     config = data_config(network, img_size)

@@ -116,7 +116,7 @@ def make_configs(settings: dict[str, Any], images: Images, network: nn.Module) -
     config = data_config(network, settings["img_size"], **images.data_config)
     if settings["val_img_size"] is None:
         return config, config
-    return config, data_config(network, settings["val_img_size"], **images.data_config)
+    return config, data_config(network, settings["val_img_size"], "--val-img-size", **images.data_config)
 
 
 def make_loaders(settings: dict[str, Any], parts: dict[str, Any], processes: int) -> tuple[Any, Any]:

@@ -15,6 +15,8 @@ from typing import Any, Sequence
 import torch
 from torch import Tensor
 
+from .run_folder import best_row
+
 __all__ = [
     "MetricsFile",
     "Progress",
@@ -173,7 +175,7 @@ def draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 def draw_accuracy(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the accuracies of the rows of `metrics.jsonl` against the epoch."""
     _curve(axes, rows, "accuracy", 100, "accuracy (%)")
-    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))  # as the loop chooses
+    best = best_row(rows)
     axes.axvline(best["epoch"], color=VAL, linewidth=1, linestyle=":")
     axes.set_title(f"best: {100 * best['val_accuracy']:.2f} % after epoch {best['epoch']}", fontsize=10)
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Sequence
 
 from .errors import UserError
 
-__all__ = ["read_metrics", "read_settings"]
+__all__ = ["best_row", "read_metrics", "read_settings"]
 
 NEEDED = ("model", "data")
 
@@ -45,3 +45,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         except ValueError:  # half a line, of a run that was killed
             continue
     return [row for row in rows if isinstance(row, dict) and "val_accuracy" in row]
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation that the model in `best/` is of."""
+    return max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))

@@ -20,7 +20,7 @@ from .health_picture import health_panels, health_rows
 from .html_parts import bytes_image, page, side_by_side, stacked_bars, table
 from .mistakes import confusion_part, look, mistakes_part
 from .report import draw_accuracy, draw_loss, duration, figure_bytes, write_whole
-from .run_folder import read_metrics
+from .run_folder import best_row, read_metrics
 from .zoo import run_settings
 
 __all__ = ["report", "write_report"]
@@ -85,7 +85,7 @@ def _percent(share: float) -> str:
 
 
 def _head(title: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
-    best = max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    best = best_row(rows)
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "metrics.jsonl").stat().st_mtime))
     top5 = f", top-5 {_percent(best['val_top5'])}" if best.get("val_top5") not in (None, 1.0) else ""
     stopped = ""
@@ -181,11 +181,8 @@ def command(settings: Mapping[str, Any]) -> str:
 
     known = inspect.signature(finetune).parameters
     words = ["timm-cbam2", "finetune"]
-    processes, precision = settings.get("processes") or 1, settings.get("mixed_precision") or "no"
-    if "num_processes" not in known and processes > 1 or "mixed_precision" not in known and precision != "no":
-        words = ["accelerate", "launch", "--mixed_precision", precision]
-        words += ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-        words += ["-m", "timm_cbam2.finetune"]
+    if settings.get("num_processes") is None and (settings.get("processes") or 1) > 1:  # started by a launcher
+        settings = {**settings, "num_processes": settings["processes"]}
     for name in known:
         value = settings.get(name)
         flag = "--" + name.replace("_", "-")

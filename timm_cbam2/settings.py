@@ -32,7 +32,15 @@ NOT_OF_THE_MODEL = (
     "num_classes", "pretrained", "features_only", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay",
 )  # fmt: skip
 DEFAULT_LR = {"scratch": 2e-3, "pretrained": 5e-4}  # for AdamW, the default optimizer
-RANGES = {  # what typer's own limits cannot say
+RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are not asked about
+    "epochs": ("at least 1", lambda value: value >= 1),
+    "batch_size": ("at least 2", lambda value: value >= 2),
+    "accumulate": ("at least 1", lambda value: value >= 1),
+    "aug_repeats": ("at least 1", lambda value: value >= 1),
+    "patience": ("at least 1", lambda value: value >= 1),
+    "keep": ("at least 1", lambda value: value >= 1),
+    "label_smoothing": ("0 to 0.9, such as 0.1", lambda value: 0 <= value <= 0.9),
+    "random_erasing": ("0 to 1, such as 0.25", lambda value: 0 <= value <= 1),
     "ema": ("at least 0 and less than 1, such as 0.999", lambda value: 0 <= value < 1),
     "layer_decay": ("above 0 and up to 1, such as 0.75", lambda value: 0 < value <= 1),
     "clip_grad": ("a number above 0, such as 1", lambda value: 0 < value < math.inf),
@@ -140,8 +148,15 @@ def check_options(settings: dict[str, Any]) -> None:
                 raise UserError(f"--cache-images crops and mirrors only: it does not go with {_flag(option)}")
     if settings["streaming"] and settings["aug_repeats"] > 1:
         raise UserError("--aug-repeats needs to know the images by number: it does not go with --streaming")
-    if settings["resume"] == "auto" and settings["output"] is None:
+    resume, output = settings["resume"], settings["output"]
+    if resume == "auto" and output is None:
         raise UserError("--resume auto needs to know the run: give its folder with --output, or as --resume FOLDER")
+    if resume not in (None, "auto") and output is not None and _place(resume) != _place(output):
+        raise UserError(f"--resume {resume} goes on in that folder: leave --output {output} out")
+
+
+def _place(folder: str | Path) -> Path:
+    return Path(folder).expanduser().resolve()
 
 
 def _cbam2_defaults() -> dict[str, Any]:

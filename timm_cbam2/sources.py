@@ -14,7 +14,7 @@ from typing import Any, Iterator, Mapping, Sequence
 
 from .errors import UserError, require
 
-__all__ = ["Images", "Samples", "find_images", "images_of_run", "is_held_out", "parse_val_split"]
+__all__ = ["Images", "Samples", "check_apart", "find_images", "images_of_run", "is_held_out", "parse_val_split"]
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
@@ -173,14 +173,14 @@ def find_images(data: str, image_column: str | None = None, label_column: str | 
     from .tables import from_tables
 
     path = Path(data).expanduser()
-    if path.exists():
+    if os.path.exists(path):  # which, unlike Path's, takes a name of any length
         if path.is_file() or _holds_tables(path):
             images = from_tables(data, path, image_column, label_column)
         else:
             images = _from_folder(path)
     elif data == "digits":
         images = _digits()
-    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", data) and not path.parent.exists():
+    elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", data) and not os.path.exists(path.parent):
         images = from_tables(data, None, image_column, label_column)
     else:
         raise UserError(
@@ -272,6 +272,26 @@ def _class_folders(folder: Path, classes: list[str], notes: list[str]) -> Sample
     if skipped:
         notes.append(f"{len(skipped)} files that are not images were left out, such as {skipped[0]}")
     return Samples(files, labels)
+
+
+def check_apart(output: Path, data: str) -> None:
+    """Make sure that what is written to `output` will not be taken for images of `data`.
+
+    Raises:
+        UserError: it would.
+    """
+    root = Path(data).expanduser().resolve()
+    output = output.resolve()
+    if data == "digits" or not os.path.isdir(root) or root not in (output, *output.parents):
+        return
+    of_splits = {name for names in SPLITS.values() for name in names}
+    has_splits = any(child.name.lower() in (*SPLITS["train"], *SPLITS["val"]) for child in _subfolders(root))
+    first = output.relative_to(root).parts[:1]
+    if not has_splits or _holds_tables(root) or not first or first[0].lower() in of_splits:
+        raise UserError(
+            f"--output {output} lies among the images of --data {data}, and would be taken for some of them: give a "
+            "folder elsewhere"
+        )
 
 
 def _holds_tables(folder: Path) -> bool:

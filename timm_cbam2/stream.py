@@ -204,9 +204,10 @@ class StreamedImages(IterableDataset):
                 image = read_image(_content(row, image_column), self.mode)
             except UNREADABLE as error:
                 if not self.skip_bad:
+                    name = (row[image_column] or {}).get("path") or f"row {number} of the stream"
                     raise UserError(
-                        f"cannot read {(row[image_column] or {}).get('path') or f'row {number} of the stream'} as an image "
-                        f"({one_line(error, 150)}): leave such images out with --skip-bad-images"
+                        f"cannot read {name} as an image ({one_line(error, 150)}): leave such images out with "
+                        "--skip-bad-images"
                     ) from error
                 self.bad += 1
                 continue

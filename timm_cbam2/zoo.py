@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,19 @@ from .resnet_cbam2 import CIFAR_DEPTHS
 from .run_folder import read_settings
 from .twins_cbam2 import WARM_START
 
-__all__ = ["ModelRow", "class_names", "load", "models", "names", "pretrained_tags", "resolve", "suggest", "table"]
+__all__ = [
+    "ModelRow",
+    "check_classifier",
+    "class_names",
+    "load",
+    "models",
+    "names",
+    "pretrained_tags",
+    "resolve",
+    "suggest",
+    "table",
+    "whole_name",
+]
 
 
 def names() -> list[str]:
@@ -119,12 +132,12 @@ def resolve(name: str) -> str:
         UserError: it is none of these; the nearest names are given.
     """
     path = Path(name.removeprefix("local-dir:")).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # which, unlike Path's, takes a name of any length
         for folder in (path, path / "best", path / "last"):
             if (folder / "config.json").is_file():
                 return f"local-dir:{folder}"
         raise UserError(f"{name} holds neither a run (best/, last/) nor a model (config.json with model.safetensors)")
-    if name.startswith("local-dir:") or ":" not in name and ("/" in name or path.exists()):
+    if name.startswith("local-dir:") or ":" not in name and ("/" in name or os.path.exists(path)):
         raise UserError(f"{name}: no such run or model folder; a model on the Hub is written hf-hub:owner/name")
     try:
         source, identifier = parse_model_name(name)
@@ -139,6 +152,14 @@ def resolve(name: str) -> str:
     if tag and tag not in pretrained_tags(architecture):
         raise UserError(f"{architecture} has no weights tagged {tag}; {_nearest(name)}")
     return name
+
+
+def whole_name(name: str) -> str:
+    """The same model's name from any working directory: a folder by its whole path."""
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if not os.path.isdir(folder):
+        return name
+    return f"{'local-dir:' if name.startswith('local-dir:') else ''}{folder.resolve()}"
 
 
 def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
@@ -163,6 +184,14 @@ def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
         raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
     except SafetensorError as error:
         raise UserError(f"cannot load {name}: its model.safetensors is damaged ({one_line(error, 200)})") from error
+
+
+def check_classifier(model: nn.Module, name: str) -> None:
+    """Raise UserError if the model gives features in place of classes."""
+    if not model.num_classes:
+        raise UserError(
+            f"{name} has no classifier, so it cannot tell what an image is: fine-tune it on labelled images"
+        )
 
 
 def class_names(model: nn.Module, describe: bool = False) -> list[str] | None:
@@ -197,7 +226,7 @@ def run_settings(name: str) -> dict[str, Any] | None:
     """
     path = Path(name.removeprefix("local-dir:")).expanduser()
     for folder in (path, path.parent):
-        settings = read_settings(folder) if path.is_dir() else None
+        settings = read_settings(folder) if os.path.isdir(path) else None
         if settings is not None:
             return settings | {"folder": str(folder)}
     return None

@@ -12,14 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Iterator
 
-from ..errors import UserError
+from ..errors import STOPPED, UserError
 from .grid import Grid, Job
 from .results import Results
 from .start import accuracy, prepare
 
 __all__ = ["Runner", "finetune_command"]
-
-STOPPED = 75  # exit code of a finetune that saved and can be resumed
 
 
 def finetune_command(job: Job, folder: Path, model: str | None = None) -> list[str]:
