@@ -77,7 +77,7 @@ def test_the_card_has_the_number_that_evaluate_gives(run, quick, write_folder, t
 def test_a_run_from_another_run_tells_both(shipped, tmp_path):
     first = shipped.parent.parent / "run"
     second = shutil.copytree(first, tmp_path / "second")
-    settings = dict(model=str(first / "best"), pretrained=True, data="things.parquet", epochs=1)
+    settings = dict(model=f"local-dir:{first / 'best'}", pretrained=True, data="things.parquet", epochs=1)
     (second / "run.json").write_text(json.dumps(settings))
     folder = make(second / "best", "resnet20_cbam2.things", tmp_path / "new")
     assert (folder / "training.jsonl").read_text() == 2 * (first / "metrics.jsonl").read_text()

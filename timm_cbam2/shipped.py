@@ -151,7 +151,8 @@ def _commands(runs: Sequence[Path], model: str) -> str:
         settings = json.loads((run / "run.json").read_text(encoding="utf-8"))
         settings["data"] = Path(settings["data"]).name
         if number > 1:  # from a folder best/ or last/, or from the run
-            settings["model"] = str(Path(f"run{number - 1}") / Path(settings["model"]).relative_to(runs[number - 2]))
+            start = Path(settings["model"].removeprefix("local-dir:")).relative_to(runs[number - 2])
+            settings["model"] = str(Path(f"run{number - 1}") / start)
         lines.append(command(settings) + (f" --output run{number}" if number < len(runs) else ""))
     held = ["--val-split", settings["val_split"]] if settings.get("val_split") else []
     return "\n".join([*lines, shlex.join(["timm-cbam2", "evaluate", model, "--data", settings["data"], *held])])
