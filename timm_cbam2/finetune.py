@@ -15,7 +15,7 @@ import typer
 from .data import Images
 from .errors import UserError, command_line, require, run_commands
 from .guards import lock
-from .launch import is_launched, launch, lost_peers, make_accelerator, tracker_names
+from .launch import is_launched, launch, lost_peers, make_accelerator, slow_precision, tracker_names
 from .settings import OF_THE_CALL, Applied, apply_recipe, apply_resume, check_options, resolved_text
 from .sources import check_apart
 from .zoo import resolve, whole_name
@@ -257,7 +257,7 @@ def _run(accelerator: Any, settings: dict[str, Any], images: Images, folder: Pat
                 "steps_per_epoch": updates,
             },
         )
-    for note in (*images.notes, *([] if path else beginning), *notes):
+    for note in (*images.notes, *slow_precision(accelerator), *([] if path else beginning), *notes):
         accelerator.print(f"note: {note}")
     if settings["recipe"] is not None:
         accelerator.print(f"recipe {settings['recipe']}: {resolved_text(settings, finetune)}")

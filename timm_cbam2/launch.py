@@ -12,7 +12,7 @@ from typing import Any, Iterator
 
 from .errors import QUIET, STOPPED, UserError, command_line, one_line
 
-__all__ = ["is_launched", "launch", "lost_peers", "make_accelerator", "tracker_names", "usable_cpus"]
+__all__ = ["is_launched", "launch", "lost_peers", "make_accelerator", "slow_precision", "tracker_names", "usable_cpus"]
 
 TIMEOUT = timedelta(minutes=10)  # a process that neither answers nor dies ends the run after this
 
@@ -147,3 +147,18 @@ def make_accelerator(settings: dict[str, Any], log_folder: str | None) -> Any:
             "the number, or leave the launcher out"
         )
     return accelerator
+
+
+def slow_precision(accelerator: Any) -> list[str]:
+    """A note for the user when bf16 was asked for and this CPU has no instructions for it; an empty list otherwise."""
+    import torch
+
+    if accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
+        return []
+    can = torch.cpu.get_capabilities()
+    if can.get("architecture") != "x86_64" or can.get("avx512_bw") or can.get("avx_ne_convert"):
+        return []
+    return [
+        "bf16 on a CPU without AVX-512 is computed in software (a resnet20_cbam2 took nine times as long with it): "
+        "give --mixed-precision no"
+    ]
