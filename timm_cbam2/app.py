@@ -32,7 +32,7 @@ from timm_cbam2.attention_picture import (
 from timm_cbam2.errors import UserError, one_line, require, run_commands
 from timm_cbam2.explain import Explanation, write_arrays
 from timm_cbam2.html_parts import BARS_STYLE, colour_scale, pixels_image, stacked_bars
-from timm_cbam2.zoo import resolve, table
+from timm_cbam2.zoo import meaning, names, pretrained_tags, resolve, row
 
 __all__ = ["app", "build"]
 
@@ -165,19 +165,27 @@ def build(model: str) -> Any:
         slider = gr.update(maximum=stages, label=f"{label} (0: the picture)")
         return [slider, *_panels(explanations, min(stage, stages), every_block)]
 
-    zoo, unread = [], table()  # each model is built to be counted, so the rows come one by one
+    rows: dict[str, list[Any]] = {}  # each model is built to be counted, so they come one by one
 
     def search_zoo(search: str) -> Iterator[list[list[Any]]]:
         words = search.lower().split()
 
-        def found() -> list[list[Any]]:
-            return [row for row in zoo if all(word in " ".join(map(str, row)).lower() for word in words)]
+        def fits(*cells: Any) -> bool:
+            return all(word in " ".join(map(str, cells)).lower() for word in words)
 
+        def found() -> list[list[Any]]:
+            return [rows[name] for name in every if name in rows and fits(*rows[name])]
+
+        every = names()
+        tags = {name: tuple(pretrained_tags(name)) for name in every}
+        asked = [name for name in every if fits(name, meaning(tags[name]), *tags[name])]
         yield found()
-        for row in unread:
-            zoo.append([row.name, round(row.parameters / 1e6, 2), row.pretrained, ", ".join(row.tags)])
-            if len(zoo) % 10 == 0:
-                yield found()
+        for name in asked or every:  # all, when a word may be a number of parameters
+            if name not in rows:
+                model = row(name)
+                rows[name] = [name, round(model.parameters / 1e6, 2), model.pretrained, ", ".join(model.tags)]
+                if len(rows) % 10 == 0:
+                    yield found()
         yield found()
 
     with gr.Blocks(title="timm_cbam2", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
@@ -225,7 +233,11 @@ def build(model: str) -> Any:
         gr.on(triggers, look, [image, first, other, stage, every], outputs, **calm)
         triggers = [stage.input, every.input]
         gr.on(triggers, move, [state, stage, every], [stage, one, two], show_progress="hidden", **calm)
-        gr.on([zoo_tab.select, search.change], search_zoo, search, grid, show_progress="minimal", **calm)
+        at_once: dict[str, Any] = dict(
+            show_progress="minimal", concurrency_limit=None, **calm
+        )  # a search waits for none
+        listing = zoo_tab.select(search_zoo, search, grid, **at_once)
+        search.change(search_zoo, search, grid, cancels=[listing], **at_once)
     return page
 
 

@@ -18,7 +18,7 @@ from .data import UNREADABLE
 from .errors import UserError
 from .explain import Explainer, Explanation
 from .push import explained, pull
-from .zoo import load, names, suggest, table
+from .zoo import load, names, row, suggest
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "Models", "check_image"]
 
@@ -65,7 +65,7 @@ class Models:
             near = suggest(name) if re.fullmatch(r"[\w.:-]+", name) else []
             hint = f"did you mean {', '.join(near)}?" if near else "the zoo tab lists them"
             raise UserError(f"no model is called {name[:80]!r}: {hint}; one on the Hub is written hf-hub:user/name")
-        parameters = next(table(architecture)).parameters
+        parameters = row(architecture).parameters
         if parameters > MAX_PARAMETERS:
             raise UserError(
                 f"{name} has {parameters / 1e6:.0f} M parameters, this page loads {MAX_PARAMETERS / 1e6:.0f} M"

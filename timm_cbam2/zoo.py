@@ -30,10 +30,12 @@ __all__ = [
     "check_classifier",
     "class_names",
     "load",
+    "meaning",
     "models",
     "names",
     "pretrained_tags",
     "resolve",
+    "row",
     "suggest",
     "table",
     "whole_name",
@@ -106,13 +108,19 @@ def table(pattern: str | None = None) -> Iterator[ModelRow]:
         if not chosen:
             raise UserError(f"no model is called {pattern!r}; {_nearest(pattern)}")
     for name in chosen:
-        with torch.device("meta"), _NoInit():
-            parameters = sum(p.numel() for p in timm.create_model(name).parameters())
-        tags = tuple(pretrained_tags(name))
-        yield ModelRow(name, parameters, tags, _meaning(tags))
+        yield row(name)
 
 
-def _meaning(tags: tuple[str, ...]) -> str:
+def row(name: str) -> ModelRow:
+    """What is known of one registered model, which is built without memory to count its parameters."""
+    with torch.device("meta"), _NoInit():
+        parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+    tags = tuple(pretrained_tags(name))
+    return ModelRow(name, parameters, tags, meaning(tags))
+
+
+def meaning(tags: tuple[str, ...]) -> str:
+    """What `pretrained=True` means for a model with these tags."""
     if not tags:
         return "no weights yet: train it"
     if tags[0].startswith(WARM_START):
