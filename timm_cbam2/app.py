@@ -174,13 +174,15 @@ def build(model: str) -> Any:
             return all(word in " ".join(map(str, cells)).lower() for word in words)
 
         def found() -> list[list[Any]]:
-            return [rows[name] for name in every if name in rows and fits(*rows[name])]
+            return [rows[name] for name in known if name in rows and fits(*rows[name])]
 
-        every = names()
-        tags = {name: tuple(pretrained_tags(name)) for name in every}
-        asked = [name for name in every if fits(name, meaning(tags[name]), *tags[name])]
+        known = names()
+        tags = {name: tuple(pretrained_tags(name)) for name in known}
+        asked = [name for name in known if fits(name, meaning(tags[name]), *tags[name])]
+        if any(word.replace(".", "", 1).isdigit() for word in words):  # may be a number of parameters, not known yet
+            asked += known
         yield found()
-        for name in asked or every:  # all, when a word may be a number of parameters
+        for name in asked:
             if name not in rows:
                 model = row(name)
                 rows[name] = [name, round(model.parameters / 1e6, 2), model.pretrained, ", ".join(model.tags)]
@@ -233,9 +235,8 @@ def build(model: str) -> Any:
         gr.on(triggers, look, [image, first, other, stage, every], outputs, **calm)
         triggers = [stage.input, every.input]
         gr.on(triggers, move, [state, stage, every], [stage, one, two], show_progress="hidden", **calm)
-        at_once: dict[str, Any] = dict(
-            show_progress="minimal", concurrency_limit=None, **calm
-        )  # a search waits for none
+        # A search ends the listing of all models, which takes long, and waits for no one else's.
+        at_once: dict[str, Any] = dict(show_progress="minimal", concurrency_limit=None, **calm)
         listing = zoo_tab.select(search_zoo, search, grid, **at_once)
         search.change(search_zoo, search, grid, cancels=[listing], **at_once)
     return page
