@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # All that the commands import, now or when they need it.
 MODULES = (
     *("accelerate", "datasets", "matplotlib.backends.backend_agg", "sklearn.datasets", "timm_cbam2.cli"),
-    *("timm_cbam2.loop", "timm_cbam2.prepare", "timm_cbam2.run_report"),
+    *("timm_cbam2.training.loop", "timm_cbam2.training.prepare", "timm_cbam2.seeing.report"),
 )
 COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import main; main()"  # as the console script
 # Not what reads the environment while it is imported, such as huggingface_hub.

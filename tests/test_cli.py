@@ -5,7 +5,7 @@ import json
 import timm
 
 import timm_cbam2  # noqa: F401
-from timm_cbam2.zoo import names, suggest
+from timm_cbam2.hub.zoo import names, suggest
 
 
 def test_help(run):
@@ -20,7 +20,7 @@ def test_modules_run_by_themselves(script, environment):
     code = """
 import runpy, sys, warnings
 warnings.simplefilter("ignore")
-for name in ("finetune", "evaluate", "predict", "benchmark", "zoo", "cli"):
+for name in ("finetune", "ablation", "cli"):
     sys.argv = [name, "--help"]
     try:
         runpy.run_module(f"timm_cbam2.{name}", run_name="__main__")
@@ -28,7 +28,7 @@ for name in ("finetune", "evaluate", "predict", "benchmark", "zoo", "cli"):
         assert not end.code
 """
     done = script(code, env=environment)
-    assert done.code == 0 and done.out.count("Usage: ") == 6 and done.err == "", done
+    assert done.code == 0 and done.out.count("Usage: ") == 3 and done.err == "", done
 
 
 def test_models(run, refused):
@@ -114,5 +114,5 @@ def test_a_missing_extra_is_said(script, environment, tmp_path):
 def test_importing_the_package_imports_no_training_code(script, environment):
     code = "import sys, json, timm_cbam2; print(json.dumps(sorted(sys.modules)))"
     loaded = set(json.loads(script(code, env=environment).out))
-    for module in ("datasets", "sklearn", "matplotlib", "typer", "timm_cbam2.finetune", "timm_cbam2.data"):
+    for module in ("datasets", "sklearn", "matplotlib", "typer", "timm_cbam2.training", "timm_cbam2.data"):
         assert module not in loaded, module

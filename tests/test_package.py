@@ -29,7 +29,7 @@ def test_what_is_in_it(wheel):
         names = archive.namelist()
         size = sum(info.file_size for info in archive.infolist())
     assert {name.split("/")[0] for name in names} == {"timm_cbam2", "timm_cbam2-0.1.0.dist-info"}
-    modules = {f"timm_cbam2/{path.name}" for path in (ROOT / "timm_cbam2").glob("*.py")}
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "timm_cbam2").rglob("*.py")}
     assert modules <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "timm_cbam2/checkpoints/resnet20_cbam2.cifar10/model.safetensors" in names

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import sys
 import warnings
 from importlib import import_module
 from typing import Any
@@ -20,11 +21,11 @@ try:
         TimmWrapperImageProcessor,
     )
 
-    from .cbam2 import Cbam2, CbamAttention, ChannelAttn, SpatialAttn, record_attention, resolve_options
-    from .configuration_cbam2 import Cbam2Config
-    from .convnext_cbam2 import ConvNeXtCbam2
-    from .modeling_cbam2 import Cbam2Backbone, Cbam2ForImageClassification, Cbam2Model
-    from .resnet_cbam2 import CifarResNet, CifarResNetCbam2, ResNetCbam2
+    from .models.cbam2 import Cbam2, CbamAttention, ChannelAttn, SpatialAttn, record_attention, resolve_options
+    from .models.configuration_cbam2 import Cbam2Config
+    from .models.convnext_cbam2 import ConvNeXtCbam2
+    from .models.modeling_cbam2 import Cbam2Backbone, Cbam2ForImageClassification, Cbam2Model
+    from .models.resnet_cbam2 import CifarResNet, CifarResNetCbam2, ResNetCbam2
 finally:
     if _collects:
         gc.enable()
@@ -54,10 +55,10 @@ __all__ = [
 
 # Not needed to build a model, so not imported with it.
 _LAZY = {
-    "disable_cpu_kernel": ".cpu_kernel",
-    "enable_cpu_kernel": ".cpu_kernel",
-    "save": ".hub",
-    "suggest": ".zoo",
+    "disable_cpu_kernel": ".kernels.cpu",
+    "enable_cpu_kernel": ".kernels.cpu",
+    "save": ".hub.folder",
+    "suggest": ".hub.zoo",
 }
 
 
@@ -68,7 +69,14 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return [*__all__, "__version__"]
+
+
+# Where these lay before the package had rooms: models and settings that were pickled whole name them so.
+for _name in ("cbam2", "channel_cbam2", "configuration_cbam2", "convnext_cbam2", "modeling_cbam2"):
+    sys.modules[f"{__name__}.{_name}"] = sys.modules[f"{__name__}.models.{_name}"]
+for _name in ("parts_cbam2", "resnet_cbam2", "spatial_cbam2"):
+    sys.modules[f"{__name__}.{_name}"] = sys.modules[f"{__name__}.models.{_name}"]
 
 
 # exist_ok: this package may be imported again, or after a model repository's own copy of these classes.
@@ -84,6 +92,6 @@ AutoImageProcessor.register(
 )
 if os.environ.get("TIMM_CBAM2_CPU_KERNEL") == "1":
     try:
-        import_module(".cpu_kernel", __name__).enable_cpu_kernel()
+        import_module(".kernels.cpu", __name__).enable_cpu_kernel()
     except RuntimeError as error:
         warnings.warn(str(error), stacklevel=2)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from .app import app
-from .benchmark import benchmark
-from .configs import configs
 from .errors import run_commands
-from .evaluate import evaluate
-from .explain import explain
-from .export import export
-from .finetune import finetune
-from .predict import predict
-from .push import pull, push
-from .run_report import report
-from .zoo import models
+from .evidence.benchmark.command import benchmark
+from .hub.configs import configs
+from .hub.export import export
+from .hub.push import pull, push
+from .hub.zoo import models
+from .seeing.evaluate import evaluate
+from .seeing.explain import explain
+from .seeing.page.app import app
+from .seeing.predict import predict
+from .seeing.report import report
+from .training.finetune import finetune
 
 __all__ = ["main"]
 

@@ -1,0 +1,47 @@
+"""hf_configs/: one current file for each architecture, enough to build it without a network."""
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from timm_cbam2.errors import UserError
+from timm_cbam2.hub.configs import config_texts, configs
+
+FOLDER = Path(__file__).resolve().parents[2] / "hf_configs"
+
+
+def test_they_are_current(capsys):
+    configs(FOLDER, check=True)
+    assert set(config_texts()) == set(timm.list_models("*_cbam2")) == {path.name for path in FOLDER.iterdir()}
+
+
+def test_writing_and_checking(tmp_path):
+    with pytest.raises(UserError, match="run `timm-cbam2 configs`"):
+        configs(tmp_path, check=True)
+    configs(tmp_path)
+    configs(tmp_path, check=True)
+    (tmp_path / "resnet50_cbam2/config.json").write_text("{}")
+    (tmp_path / "resnet51_cbam2").mkdir()
+    with pytest.raises(UserError, match="resnet50_cbam2, resnet51_cbam2"):
+        configs(tmp_path, check=True)
+
+
+@pytest.mark.parametrize("name", ["resnet20_cbam2", "resnet50_cbam2", "convnext_atto_cbam2"])
+def test_build_without_network(name):
+    config = AutoConfig.from_pretrained(FOLDER / name)
+    assert (
+        config.num_labels == timm.create_model(name).num_classes == json.loads(config.to_json_string())["num_classes"]
+    )
+    with torch.device("meta"):
+        classifier = AutoModelForImageClassification.from_config(config)
+    assert classifier.timm_model.state_dict().keys() == timm.create_model(name).state_dict().keys()
+    size = timm.get_pretrained_cfg(name).input_size
+    assert tuple(AutoImageProcessor.from_pretrained(FOLDER / name).data_config["input_size"]) == size
+    with torch.no_grad():
+        assert AutoModel.from_config(config).eval()(torch.randn(1, 3, 64, 64)).pooler_output.isfinite().all()
+    if config.num_labels == 1000:
+        assert config.id2label[0].startswith("tench") and "id2label" not in config.to_dict()

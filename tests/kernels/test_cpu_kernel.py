@@ -1,0 +1,207 @@
+"""The compiled CPU kernel: the same numbers and gradients as torch's own operations."""
+
+import itertools
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from randomise import randomise
+from reference import reference
+
+from timm_cbam2 import Cbam2, disable_cpu_kernel, enable_cpu_kernel, passes_cbam2, resolve_options
+
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.fixture(scope="module")
+def built():
+    if not (shutil.which("c++") and shutil.which("ninja")):
+        pytest.skip("building the kernel needs a C++ compiler and ninja")
+    enable_cpu_kernel()
+    disable_cpu_kernel()
+
+
+@pytest.fixture
+def kernel(built, monkeypatch):
+    """The kernel serves the test, and every one of its passes is counted."""
+    enable_cpu_kernel()
+    calls = []
+    for name in ("start_backward", "apply"):
+        original = getattr(passes_cbam2.KernelPasses, name)
+        monkeypatch.setattr(
+            passes_cbam2.KernelPasses, name, lambda *args, f=original, n=name: calls.append(n) or f(*args)
+        )
+    yield calls
+    disable_cpu_kernel()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def images(shape, dtype=torch.float64):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def gradients(forward, block, x):
+    x = x.detach().requires_grad_()
+    out = forward(x)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    return [out, *torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])]
+
+
+def same_as_plain(block, x, **tolerance):
+    got = gradients(block, block, x)
+    expected = gradients(lambda x: block(x, return_attention=True)[0], block, x)
+    return all(
+        torch.allclose(a, b, **(tolerance or dict(rtol=1e-9, atol=1e-11))) for a, b in zip(got, expected, strict=True)
+    )
+
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 6, 1, 1),
+    (3, 1, 4, 5),
+    (2, 5, 1, 9),
+    (4, 6, 7, 5),
+    (1, 17, 3, 2),
+    (2, 40, 9, 8),
+    (5, 3, 2, 33),
+]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_shape_and_number_of_threads(shape, memory_format, kernel, threads):
+    block = randomise(Cbam2(shape[1], gate="unit_sigmoid").double())
+    x = images(shape).to(memory_format=FORMATS[memory_format])
+    for count in (1, 2, 3):
+        threads(count)
+        assert same_as_plain(block, x)
+    assert set(kernel) == {"start_backward", "apply"}
+    assert block(x).stride() == torch.empty_like(x).stride()
+
+
+def test_options_against_the_literal_formulas(kernel):
+    choices = dict(
+        fusion=("router", "static", "sum"),
+        kernels=(((3, 5, 7), (3, 3)), ((1,), None), ((3, 9), (3, 2))),
+        pool=((True, "avg"), (True, "moments"), (False, "avg")),
+    )
+    for fusion, (kernel_sizes, dilated), (coords, pool) in itertools.product(*choices.values()):
+        options = dict(fusion=fusion, kernel_sizes=kernel_sizes, dilated=dilated, coords=coords, router_pool=pool)
+        options["center"] = coords
+        block, x = randomise(Cbam2(6, **options).double()), images((2, 6, 5, 4))
+        full = {**resolve_options(options), "gate": "sigmoid"}
+        assert (block(x) - reference(block.state_dict(), full, x)[0]).abs().max() <= 1e-12, options
+        assert same_as_plain(block, x), options
+    assert kernel
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_gradcheck_and_ties(memory_format, kernel):
+    block = randomise(Cbam2(4, rd_channels=2, router_channels=3, kernel_sizes=(3,), dilated=None).double())
+    x = images((2, 4, 3, 3)).to(memory_format=FORMATS[memory_format]).requires_grad_()
+    assert torch.autograd.gradcheck(block, (x,))
+    for tied in (torch.zeros(2, 4, 3, 3), torch.ones(2, 4, 3, 3), images((2, 4, 3, 3)).relu().round()):
+        assert same_as_plain(block, tied.double().to(memory_format=FORMATS[memory_format]))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype, memory_format, kernel):
+    block, exact = Cbam2(24, gate="unit_sigmoid"), Cbam2(24, gate="unit_sigmoid").double()
+    exact.load_state_dict(randomise(block).state_dict())
+    x = images((3, 24, 6, 7), dtype).to(memory_format=FORMATS[memory_format])
+    size = 1e-5 if dtype == torch.float32 else 0.03
+    for one, other in zip(gradients(block, block, x), gradients(exact, exact, x.double())):
+        assert torch.allclose(one.double(), other, rtol=size, atol=size * max(1, other.abs().max().item()))
+    large = block(1e4 * torch.ones_like(x))
+    assert large.dtype == dtype and large.isfinite().all()
+    rounded = torch.tensor([1.0, float("nan"), 3.4e38, -1.00390625, 1.01171875]).to(dtype)  # ties go to even
+    ones = torch.ones(1, 1), torch.ones(1, 5)
+    assert torch.equal(
+        torch.ops.timm_cbam2_cpu.apply(rounded.view(1, 1, 1, 5), *ones).flatten().nan_to_num(7), rounded.nan_to_num(7)
+    )
+
+
+def test_rounding_to_bfloat16_is_torchs(kernel):
+    x = images((1, 1, 64, 64), torch.float32).to(torch.bfloat16)
+    ca, sa = torch.full((1, 1), 0.5), torch.rand(1, 64 * 64)  # halving is exact: the order cannot matter
+    expected = (x.float() * ca * sa.view_as(x)).to(torch.bfloat16)
+    assert torch.equal(torch.ops.timm_cbam2_cpu.apply(x, ca, sa), expected)
+
+
+def test_not_a_number_is_not_hidden(kernel):
+    x = images((2, 5, 4, 4))
+    x[0, 2, 1, 1] = float("nan")
+    out = Cbam2(5).double()(x)
+    assert out[0].isnan().all() and out[1].isfinite().all()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_switched_between_forward_and_backward(first, kernel):
+    block, x = randomise(Cbam2(6)), images((2, 6, 5, 4), torch.bfloat16)
+
+    def gradient(switch):
+        leaf = x.clone().requires_grad_()
+        (enable_cpu_kernel if first else disable_cpu_kernel)()
+        out = block(leaf)
+        if switch:
+            (disable_cpu_kernel if first else enable_cpu_kernel)()
+        out.square().sum().backward()
+        return leaf.grad
+
+    assert torch.equal(gradient(switch=True), gradient(switch=False))
+
+
+def test_negative_views_are_what_they_stand_for(kernel):
+    block, x = randomise(Cbam2(6).double()), images((2, 6, 5, 4))
+    assert torch.equal(block(torch._neg_view(x)), block(-x)) and kernel
+    leaf = x.clone().requires_grad_()
+    found = [torch.autograd.grad(block(leaf), leaf, g)[0] for g in (torch._neg_view(x), -x)]
+    assert torch.equal(*found)
+
+
+def test_what_the_kernel_cannot_serve_goes_without(kernel):
+    block = randomise(Cbam2(6).double())
+    strided = images((3, 6, 8, 9))[:, :, ::2, 1:]
+    assert same_as_plain(block, strided) and not kernel
+    assert same_as_plain(block, strided.contiguous()) and kernel
+    x = images((2, 6, 4, 4)).requires_grad_()
+    (first,) = torch.autograd.grad(block(x).square().sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.square().sum(), x)[0].abs().sum() > 0
+
+
+def test_by_the_environment_and_without_a_compiler(built, script, environment, tmp_path):
+    program = "import timm_cbam2; from timm_cbam2 import passes_cbam2; print(passes_cbam2._kernel is not None)"
+    on = {**environment, "TIMM_CBAM2_CPU_KERNEL": "1"}
+    result = script(program, env=on)
+    assert (result.out, result.err) == ("True\n", "")
+    bare = {**on, "PATH": str(tmp_path), "TORCH_EXTENSIONS_DIR": str(tmp_path / "none"), "CXX": "no-such-compiler"}
+    failed = script(program, env=bare)
+    assert (failed.code, failed.out) == (0, "False\n")
+    assert failed.err.count("the CPU kernel cannot be built") == 1 and "Traceback" not in failed.err
+    assert os.listdir(tmp_path / "none") == []
+
+    # One that does not load here, as of another machine, is as none.
+    code = "import timm_cbam2.kernels.cpu as k; k._build = lambda path, flags: print(path); k.enable_cpu_kernel()"
+    (path,) = script(code, env=bare).out.split()
+    (tmp_path / "none" / os.path.basename(path)).write_bytes(b"no library")
+    failed = script(program, env=bare)
+    assert (failed.code, failed.out) == (0, "False\n") and "the CPU kernel cannot be built" in failed.err
+
+
+def test_the_benchmark_has_it_beside_the_others(built, run, tmp_path):
+    words = ("--img-size", "32", "--batch-size", "2", "--rounds", "1", "--threads", "1", "--no-memory", "--floor")
+    done = run("benchmark", "test_resnet_cbam2", "--cpu-kernel", *words, "-o", tmp_path)
+    assert done.code == 0, done
+    (case,) = json.loads((tmp_path / "benchmark.json").read_text())["cases"]
+    found = {variant["key"]: variant for variant in case["variants"]}
+    assert "training" in found["cbam2_kernel"] and "training" not in found["cbam2_kernel_reparameterized"]
+    assert found["cbam2_kernel"]["inference"]["seconds"] > 0 and done.out.count("CBAM2, CPU kernel, ms") == 2

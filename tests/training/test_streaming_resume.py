@@ -1,0 +1,185 @@
+"""A stream interrupted in the middle of an epoch goes on at the very image; a signal is heard while it is measured."""
+
+import json
+import pickle
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from timm_cbam2.data import stream
+from timm_cbam2.data.loading import read_image
+from timm_cbam2.data.sources import images_of_run
+
+datasets = pytest.importorskip("datasets")
+pytest.importorskip("torchdata")
+
+
+@pytest.fixture(scope="module")
+def write_shards(tmp_path_factory):
+    """`write_shards(train=[n, …], validation=[n, …])`: parquet files of grey images, by their number."""
+
+    def write(**splits):
+        folder = tmp_path_factory.mktemp("stream")
+        kind = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+        for split, sizes in splits.items():
+            start = 0
+            for number, size in enumerate(sizes):
+                values = range(start, start + size)
+                images = [Image.fromarray(np.full((8, 8, 3), value % 256, np.uint8)) for value in values]
+                part = {"image": images, "label": [value % 3 for value in values]}
+                datasets.Dataset.from_dict(part, features=kind).to_parquet(folder / f"{split}-{number}.parquet")
+                start += size
+        return folder
+
+    return write
+
+
+CONFIG = dict(input_size=(3, 8, 8), interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3, crop_pct=1.0)
+CONFIG["crop_mode"] = "center"
+
+
+def numbers(batches):
+    return [round(image.mean().item() * 255) for images, *_ in batches for image in images]
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 2)])
+def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, workers):
+    """Interrupted after any batch, the rest of the epoch and the next one are what they would have been."""
+    monkeypatch.setattr(stream, "SHUFFLE_BUFFER", 12)  # several blocks in each share
+    folders = [write_shards(train=[40] * 4, validation=[3]), write_shards(train=[40] * 4)]
+    for folder in folders[:1] if workers else folders:  # starting the workers takes its time
+        splits = stream.find_stream(str(folder), None, None, "0.25").splits  # without a val split, filtered
+        samples, total, size = splits["train"], 160, 5
+        if folder is folders[1]:
+            size = 1  # whatever their number, none is dropped as half a batch
+            total -= len(list(stream.StreamedImages(splits["val"], CONFIG, None, 0, False, (0, 1))))
+
+        def loader_of(process, samples=samples, size=size):
+            dataset = stream.StreamedImages(samples, CONFIG, "none", 3, False, (process, processes))
+            return stream.make_stream_loader(dataset, size, workers), dataset
+
+        seen = [[], []]
+        for process in range(processes):
+            whole, dataset = loader_of(process)
+            epochs = []
+            for epoch in (1, 2):
+                dataset.set_epoch(epoch)
+                epochs.append(numbers(whole))
+                seen[epoch - 1] += epochs[-1]
+            assert epochs[0] != sorted(epochs[0]) and epochs[0] != epochs[1]
+            for done in (7,) if workers else (1, 7, total // processes // size - 15 // size):
+                broken, dataset = loader_of(process)
+                dataset.set_epoch(1)
+                batches = iter(broken)
+                first = numbers([next(batches) for _ in range(done)])
+                place = pickle.dumps(stream.place(broken))
+                resumed, dataset = loader_of(process)
+                dataset.set_epoch(1)
+                stream.load_place(resumed, pickle.loads(place))
+                assert first + numbers(resumed) == epochs[0], (folder, done)
+                dataset.set_epoch(2)
+                assert numbers(resumed) == epochs[1]
+        for values in seen:
+            assert len(values) == len(set(values)) == total
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4])
+def test_what_is_held_out_is_never_trained_on(write_shards, processes):
+    """In any order of the files and any division of them; and it is what `evaluate RUN` measures on."""
+    folder = write_shards(train=[7, 12, 9, 40])
+    splits = stream.find_stream(str(folder), None, None, "0.25").splits
+    run = dict(data=str(folder), streaming=True, val_split="0.25")
+    again = images_of_run(run).splits
+    held_out = sorted(np.asarray(read_image(source)).mean() for source in again["val"].sources())
+    assert 5 < len(held_out) < 30 and len(held_out) + len(again["train"]) == 68
+    for epoch in (1, 2, 3):
+        seen = {"train": [], "val": []}
+        for split, values in seen.items():
+            for process in range(processes):
+                augment = "none" if split == "train" else None
+                dataset = stream.StreamedImages(splits[split], CONFIG, augment, 0, False, (process, processes))
+                dataset.set_epoch(epoch)
+                values += numbers((image[None],) for image, *_ in dataset)
+        assert sorted(seen["val"]) == held_out
+        assert sorted(seen["train"] + seen["val"]) == list(range(68))
+
+
+ARGS = ("--streaming", "--model", "resnet20_cbam2", "--no-pretrained", "--img-size", "8", "--save-every", "1 step")
+
+
+def launched(start, start_group, processes, *args):
+    return start_group(processes, *args) if processes > 1 else [start(*args)]
+
+
+def rows(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in lines]
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 1), (2, 0)])
+def test_killed_in_the_middle_of_an_epoch(start, start_group, refused, write_shards, tmp_path, processes, workers):
+    """The metrics and the weights at the end are those of a run that nothing interrupted."""
+    data = write_shards(train=[14 * processes] * 2, validation=[5])
+    args = ("finetune", "--data", data, *ARGS, "--batch-size", "4", "--workers", workers, "--epochs", "2")
+    args += ("--model-kwargs", "drop_path_rate=0.2", "--augment", "standard", "--resume", "auto")
+    whole = (*args, "--save-every", "never", "--output", tmp_path / "whole")
+    for result in [p.wait() for p in launched(start, start_group, processes, *whole)]:
+        assert result.code == 0, result
+    folder = tmp_path / "run"
+    running = launched(start, start_group, processes, *args, "--output", folder)
+    while not (saved := sorted((folder / "checkpoints").glob("step-*"))) or int(saved[-1].name[5:]) < 3:
+        assert all(p.alive for p in running), [p.wait() for p in running]
+        time.sleep(0.002)
+    running[-1].kill()
+    assert {p.wait().code for p in running} <= {-signal.SIGKILL, 2}
+    assert not (folder / "metrics.jsonl").exists()  # it was in the first epoch
+    if processes == 1:
+        refused(*args, "--output", folder, "--workers", "0", words=("--workers was 1 and is now 0",))
+    running = launched(start, start_group, processes, *args, "--output", folder)
+    for result in [p.wait() for p in running]:
+        assert result.code == 0, result
+    assert "going on from" in running[0].out()
+    assert rows(folder) == rows(tmp_path / "whole")
+    one, other = (load_file(f / "last" / "model.safetensors") for f in (folder, tmp_path / "whole"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_told_to_stop_while_it_measures(start, start_group, write_shards, tmp_path, processes):
+    """It does not wait for the end of a long validation: exit code 75, everything saved, nothing measured yet."""
+    data, folder = write_shards(train=[8], validation=[60, 61]), tmp_path / "run"
+    args = ("finetune", "--data", data, *ARGS, "--batch-size", "2", "--workers", "0", "--epochs", "1")
+    running = launched(start, start_group, processes, *args, "--output", folder, "--resume", "auto")
+    steps = 4 // processes
+    while not (folder / "checkpoints" / f"step-{steps:08}").exists():  # of the epoch's last step
+        assert all(p.alive for p in running), [p.wait() for p in running]
+        time.sleep(0.002)
+    for process in running:
+        process.kill(signal.SIGTERM)
+    assert {p.wait().code for p in running} == {75}
+    assert not (folder / "metrics.jsonl").exists()
+    running = launched(start, start_group, processes, *args, "--output", folder, "--resume", "auto")
+    assert {p.wait().code for p in running} == {0}
+    assert [(row["step"], row["val_images"]) for row in rows(folder)] == [(steps, 121)]
+
+
+def test_a_row_without_a_label(refused, tmp_path):
+    kind = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    images = [Image.fromarray(np.full((8, 8, 3), value, np.uint8)) for value in range(12)]
+    part = datasets.Dataset.from_dict({"image": images, "label": [0, 1, None] * 4}, features=kind)
+    part.to_parquet(tmp_path / "data" / "train-0.parquet")
+    part.select([0, 1]).to_parquet(tmp_path / "data" / "validation-0.parquet")
+    refused(
+        *("finetune", "--data", tmp_path / "data", *ARGS, "--batch-size", "2", "--output", tmp_path / "run"),
+        words=("column 'label' holds None", "remove"),
+    )
+
+
+def test_a_share_too_small_for_a_batch(refused, write_shards, tmp_path):
+    data = write_shards(train=[8], validation=[4])
+    refused("finetune", "--data", data, *ARGS, "--output", tmp_path / "run", words=("no batch of 32", "--batch-size"))

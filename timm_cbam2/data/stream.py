@@ -1,0 +1,288 @@
+"""Data sets larger than the disk: read as they are used, a share for each process, resumed from the set's own state."""
+
+from __future__ import annotations
+
+import warnings
+from itertools import islice
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from ..errors import UserError, one_line, require
+from .loading import UNREADABLE, build_transform, read_image, seeded, start_worker
+from .sources import SPLITS, Images, Samples, is_held_out, parse_val_split
+from .tables import choose_columns
+
+__all__ = ["StreamedImages", "find_stream", "in_turns", "load_place", "make_stream_loader", "place"]
+
+SHUFFLE_BUFFER = 2000  # images, undecoded, that are read and then given in an order of their own
+
+
+class StreamSamples(Samples):
+    """A split that is only read as it is used: its size and its rows, no labels in advance."""
+
+    def __init__(self, table: Any, count: int, columns: tuple[str, str], index: dict[Any, int]):
+        super().__init__([], [])
+        self.table, self.count, self.columns, self.index = table, count, columns, index
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def find_stream(data: str, image_column: str | None, label_column: str | None, val_split: float | str) -> Images:
+    """Open a folder of parquet files, an image folder or a Hub data set without reading it.
+
+    Classes come from the set's own description or, without one, from one pass over its label column. Where there is no
+    validation split, some rows are held out, the same in any order and number of processes; how many is estimated.
+
+    Raises:
+        UserError: it cannot be streamed, has no train split, or does not say its classes.
+    """
+    require("datasets")
+    import datasets
+
+    if data == "digits":
+        raise UserError(
+            "--streaming: the digits lie in memory; give --data a folder of parquet files or a Hub data set"
+        )
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    share, last = parse_val_split(val_split)
+    path = Path(data).expanduser()
+    try:
+        if path.is_file():
+            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
+        else:
+            loaded = datasets.load_dataset(str(path) if path.exists() else data, streaming=True)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"--data {data} cannot be streamed: {one_line(error, 250)}") from error
+    tables = {}
+    for split, names in SPLITS.items():
+        match = next((n for n in loaded if n.lower() in names), None)
+        if match:
+            tables[split] = loaded[match]
+    if "train" not in tables:
+        raise UserError(f"--data {data} has the splits {', '.join(loaded)}: one must be called train to be streamed")
+    columns = choose_columns(data, tables["train"], image_column, label_column)
+    classes, index = _classes(data, tables["train"], columns[1])
+    # Undecoded, before anything is filtered: filters decode.
+    tables = {split: table.cast_column(columns[0], datasets.Image(decode=False)) for split, table in tables.items()}
+    counts = {split: _count(table, columns[1]) for split, table in tables.items()}
+    notes = [f"streamed: files come in another order each epoch, and {SHUFFLE_BUFFER} images at a time are shuffled"]
+    if "val" not in tables:
+        if last:
+            raise UserError(f"--val-split {val_split}: with --streaming give a share, or data with a val split")
+        table, total = tables["train"], counts["train"]
+        tables["val"] = table.filter(lambda row: is_held_out(_content(row, columns[0]), share))
+        tables["train"] = table.filter(lambda row: not is_held_out(_content(row, columns[0]), share))
+        counts["val"] = min(max(round(total * share), 1), total - 1)
+        counts["train"] = total - counts["val"]
+        notes.append(f"no val split: about {100 * share:g} % of the images, told by their content, are held out")
+    splits = {split: StreamSamples(tables[split], n, columns, index) for split, n in counts.items()}
+    return Images(path.resolve().stem if path.exists() else data.replace("/", "_"), classes, splits, notes)
+
+
+def _content(row: dict[str, Any], column: str) -> Any:
+    """What PIL can open."""
+    image = row[column] or {}
+    return image.get("bytes") or image.get("path") or b""
+
+
+def _classes(data: str, table: Any, column: str) -> tuple[list[str], dict[Any, int]]:
+    from datasets import ClassLabel
+
+    kind = (table.features or {}).get(column)
+    if isinstance(kind, ClassLabel):
+        return list(kind.names), {i: i for i in range(len(kind.names))}
+    seen = sorted({row[column] for row in table.select_columns(column)}, key=lambda v: (str(type(v)), v))
+    if any(not isinstance(value, (int, str)) for value in seen):
+        raise UserError(f"{data}: column '{column}' holds {seen[0]!r}, which names no class")
+    return [str(value) for value in seen], {value: i for i, value in enumerate(seen)}
+
+
+def _count(table: Any, column: str) -> int:
+    """Rows of a split, as its description says or, without one, counted over the label column alone."""
+    splits = table.info.splits or {}
+    if str(table.split) in splits and splits[str(table.split)].num_examples:
+        return splits[str(table.split)].num_examples
+    return sum(1 for _ in table.select_columns(column))
+
+
+class StreamedImages(IterableDataset):
+    """This process's share of a stream, as (tensor (C, H, W), label, -1); unreadable images are counted and left out.
+
+    To train, files come in an order of their own each epoch, and rows are read and shuffled a block at a time, so that
+    a state is that of the table where the block begins, and a number within it: going on from there, no image is lost
+    or given twice. (What is in the shuffle buffer of `datasets` itself would be lost.)
+
+    Args:
+        samples: the split.
+        config: see `data_config`.
+        augment: a key of `AUGMENT` to train, None to evaluate.
+        seed: of order and augmentation.
+        skip_bad: count unreadable images and go on, instead of stopping at the first.
+        process: (index, number) of processes, among which the rows are divided.
+        more: further arguments of timm's `create_transform`.
+    """
+
+    collate = None
+
+    def __init__(
+        self,
+        samples: StreamSamples,
+        config: dict[str, Any],
+        augment: str | None,
+        seed: int,
+        skip_bad: bool,
+        process: tuple[int, int],
+        **more: Any,
+    ):
+        from datasets.distributed import split_dataset_by_node
+
+        self.samples, self.seed, self.skip_bad, self.process = samples, seed, skip_bad, process
+        self.training = augment is not None
+        self.transform = build_transform(config, augment, **more)
+        self.mode = "L" if config["input_size"][0] == 1 else "RGB"
+        self.table = split_dataset_by_node(samples.table, *process)
+        self.epoch = 0
+        self.state: dict[str, Any] = {}
+        self.loaded: dict[str, Any] | None = None
+        self.bad = torch.zeros(1, dtype=torch.int64).share_memory_()
+
+    def __len__(self) -> int:
+        """Images of the whole split, over all processes."""
+        return len(self.samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which order and augmentation to give from the next iteration on."""
+        self.epoch = epoch
+        if self.training:  # by this number `datasets` shuffles the files, alike on every process
+            self.table.set_epoch(1 + int(np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]))
+
+    def name(self, index: int) -> str:
+        """Rows of a stream have no number to be found by."""
+        return "an image of the stream"
+
+    def check_headers(self) -> None:
+        """Nothing can be checked in advance."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream is."""
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from there at the next iteration."""
+        self.loaded = dict(state)
+
+    def _rows(self, stream: tuple[int, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Numbered rows of this share; when training, in the order that `stream` and the number of a block give."""
+        if not self.training:
+            yield from enumerate(self.table)
+            return
+        self.state, self.loaded = self.loaded or {"table": None, "block": 0, "given": 0}, None
+        if self.state["table"] is not None:
+            self.table.load_state_dict(self.state["table"])
+        rows = iter(self.table)
+        while block := list(islice(rows, SHUFFLE_BUFFER)):
+            number = self.state["block"]
+            after = {"table": self.table.state_dict(), "block": number + 1, "given": 0}
+            order = np.random.default_rng((*stream, number)).permutation(len(block))
+            for index in order[self.state["given"] :].tolist():
+                self.state["given"] += 1
+                yield number * SHUFFLE_BUFFER + index, block[index]
+            self.state = after
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        image_column, label_column = self.samples.columns
+        worker = torch.utils.data.get_worker_info()
+        stream = (self.seed, self.epoch, self.process[0], worker.id if worker else 0)
+        for number, row in self._rows(stream):
+            try:
+                image = read_image(_content(row, image_column), self.mode)
+            except UNREADABLE as error:
+                if not self.skip_bad:
+                    name = (row[image_column] or {}).get("path") or f"row {number} of the stream"
+                    raise UserError(
+                        f"cannot read {name} as an image ({one_line(error, 150)}): leave such images out with "
+                        "--skip-bad-images"
+                    ) from error
+                self.bad += 1
+                continue
+            label = self.samples.index.get(row[label_column])
+            if label is None:
+                raise UserError(
+                    f"row {number} of the stream: column '{label_column}' holds {row[label_column]!r}, which names no "
+                    "class; remove such rows"
+                )
+            if not self.training:
+                yield self.transform(image), label, -1
+                continue
+            with seeded(*stream, number):
+                tensor = self.transform(image)
+            yield tensor, label, -1
+
+
+def make_stream_loader(dataset: StreamedImages, batch_size: int, workers: int) -> Any:
+    """torchdata's loader, which knows where each of its worker processes is.
+
+    Raises:
+        UserError: torchdata is not installed.
+    """
+    require("torchdata", extra="stream")
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    # torchdata 0.11 calls what torch 2.14 has deprecated.
+    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
+    shards = getattr(dataset.table, "num_shards", 1)
+    return StatefulDataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=min(workers, shards),
+        drop_last=dataset.training,
+        worker_init_fn=start_worker,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def place(loader: Any) -> tuple[int, Any]:
+    """Where each worker of a stream's loader is, to go on from with `load_place`."""
+    return loader.num_workers, loader.state_dict()
+
+
+def load_place(loader: Any, saved: tuple[int, Any]) -> None:
+    """Go on from there at the next iteration.
+
+    Raises:
+        UserError: there was another number of workers.
+    """
+    workers, state = saved
+    if workers != loader.num_workers:
+        raise UserError(
+            f"cannot resume: --workers was {workers} and is now {loader.num_workers}, and each has its own place in "
+            f"the stream: give --workers {workers}"
+        )
+    loader.load_state_dict(state)
+
+
+def in_turns(loader: Any, count: int) -> Iterator[Any]:
+    """`count` batches; a share that is a little smaller than the others' starts again.
+
+    Raises:
+        UserError: the share makes no batch at all.
+    """
+    made, idle = 0, False
+    while made < count:
+        before = made
+        for batch in loader:
+            yield batch
+            made += 1
+            if made == count:
+                return
+        if idle and made == before:
+            raise UserError(
+                f"a process's share of the stream makes no batch of {loader.batch_size}: lower --batch-size"
+            )
+        idle = made == before

@@ -1,0 +1,191 @@
+"""Labelled images in tables: parquet and arrow files, folders of them, data sets on the Hub."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Iterator, Sequence
+
+from ..errors import UserError, one_line, require
+from .sources import SPLITS, Images, Samples
+
+__all__ = ["RowSamples", "choose_columns", "from_tables"]
+
+
+class RowSamples(Samples):
+    """Rows of a `datasets.Dataset` whose image column is undecoded, so that a bad image is ours to name."""
+
+    def __init__(self, items: Any, labels: Sequence[int], column: str):
+        super().__init__(items, labels)
+        self.column = column
+
+    def source(self, index: int) -> Any:
+        return self._content(self.items[index][self.column])
+
+    def sources(self) -> Iterator[Any]:
+        for rows in self.items.select_columns(self.column).iter(1000):
+            yield from map(self._content, rows[self.column])
+
+    @staticmethod
+    def _content(image: dict[str, Any] | None) -> Any:
+        image = image or {}
+        return image.get("bytes") or image.get("path") or b""
+
+    def name(self, index: int) -> str:
+        path = (self.items[index][self.column] or {}).get("path")
+        return f"row {index} of column '{self.column}'" + (f" ({path})" if path else "")
+
+    def select(self, indices: Sequence[int]) -> Samples:
+        return RowSamples(self.items.select(indices), [self.labels[i] for i in indices], self.column)
+
+
+def from_tables(data: str, path: Path | None, image_column: str | None, label_column: str | None) -> Images:
+    """Read a parquet/arrow file or folder at `path`, or else the Hub data set `data`.
+
+    Raises:
+        UserError: it cannot be read, or it is not clear which columns hold images and labels.
+    """
+    loaded = _load_tables(data, path)
+    splits = {}
+    for split, names in SPLITS.items():
+        matches = [n for n in loaded if n.lower() in names]
+        if matches:
+            splits[split] = loaded[matches[0]]
+    if not ({"train", "val"} & splits.keys()) and len(loaded) == 1:
+        splits = {"all": next(iter(loaded.values()))}
+    elif list(splits) == ["train"] and len(loaded) == 1:
+        splits = {"all": splits["train"]}  # `datasets` calls whatever it finds "train"
+    if not splits:
+        raise UserError(f"{data} has the splits {', '.join(loaded)}: one must be called train")
+    first = next(iter(splits.values()))
+    image_column, label_column = choose_columns(data, first, image_column, label_column)
+    values = {split: table.select_columns(label_column)[:][label_column] for split, table in splits.items()}
+    notes = []
+    if "test" in splits and {-1, None} & set(values["test"]):
+        notes.append("the test split hides its labels: left out")
+        del splits["test"], values["test"]
+    classes, index = _class_names(data, first.features[label_column], label_column, values)
+    from datasets import Image
+
+    samples = {
+        split: RowSamples(
+            table.cast_column(image_column, Image(decode=False)), [index[v] for v in values[split]], image_column
+        )
+        for split, table in splits.items()
+    }
+    name = path.resolve().stem if path else data.replace("/", "_")
+    return Images(name, classes, samples, notes)
+
+
+def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
+    require("datasets")
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is raised, too
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        if path is None:
+            loaded = datasets.load_dataset(data)
+        elif path.is_file() and path.suffix == ".parquet":
+            loaded = datasets.load_dataset("parquet", data_files=str(path))
+        elif path.is_file() and path.suffix == ".arrow":
+            loaded = datasets.Dataset.from_file(str(path))
+        elif path.is_file():
+            raise UserError(
+                f"--data {data} is a {path.suffix or 'plain'} file: give a folder, or a .parquet/.arrow file"
+            )
+        elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
+            loaded = datasets.load_from_disk(str(path))
+        else:
+            loaded = datasets.load_dataset(str(path))
+    except UserError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        what = "no such folder, and as a Hub data set it cannot be read" if path is None else "cannot be read"
+        raise UserError(f"--data {data}: {what}: {one_line(error, 250)}") from error
+    return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def choose_columns(data: str, table: Any, image_column: str | None, label_column: str | None) -> tuple[str, str]:
+    """The columns of images and labels: those asked for, or else those that look like it.
+
+    Raises:
+        UserError: there is no such column, it holds no images, or it takes a person to choose.
+    """
+    from datasets import Image
+
+    image_column = _image_column(data, table, image_column)
+    kind = table.features[image_column]
+    if not isinstance(kind, (Image, dict)) and getattr(kind, "dtype", None) not in ("string", "binary", "large_binary"):
+        raise UserError(
+            f"{data}: column '{image_column}' holds {getattr(kind, 'dtype', kind)}, no images: say which one does with "
+            f"--image-column, of {', '.join(table.column_names)}"
+        )
+    return image_column, _label_column(data, table, image_column, label_column)
+
+
+def _image_column(data: str, table: Any, asked: str | None) -> str:
+    if asked is not None:
+        if asked not in table.column_names:
+            raise UserError(f"--image-column {asked}: {data} has the columns {', '.join(table.column_names)}")
+        return asked
+    from datasets import Image
+
+    typed = [n for n, kind in table.features.items() if isinstance(kind, Image)]
+    named = [n for n in table.column_names if n.lower() in ("image", "img", "picture", "pixel_values")]
+    columns = typed or named
+    if len(columns) != 1:
+        raise UserError(
+            f"{data}: say which column holds the images with --image-column, one of "
+            f"{', '.join(columns or table.column_names)}"
+        )
+    return columns[0]
+
+
+def _label_column(data: str, table: Any, image_column: str, asked: str | None) -> str:
+    others = [n for n in table.column_names if n != image_column]
+    if asked is not None:
+        if asked not in others:
+            raise UserError(f"--label-column {asked}: {data} has the columns {', '.join(others)}")
+        return asked
+    from datasets import ClassLabel
+
+    typed = [n for n in others if isinstance(table.features[n], ClassLabel)]
+    named = [n for n in others if n.lower() in ("label", "labels", "class", "target", "category")]
+    columns = typed or named
+    if len(columns) != 1:
+        raise UserError(
+            f"{data}: say which column holds the labels with --label-column, one of {', '.join(columns or others)}"
+        )
+    return columns[0]
+
+
+def _class_names(data: str, kind: Any, column: str, values: dict[str, list[Any]]) -> tuple[list[str], dict[Any, int]]:
+    """Class names in label order, and the class index of each value of the label column."""
+    from datasets import ClassLabel
+
+    labels = [v for of_split in values.values() for v in of_split]
+    whole = [v for v in labels if isinstance(v, float) and v.is_integer()]
+    if whole and len(whole) + labels.count(None) == len(labels):
+        raise UserError(f"{data}: column '{column}' holds numbers such as {whole[0]}: make it a column of integers")
+    bad = [v for v in labels if not isinstance(v, (int, str)) or v == -1]
+    if bad:
+        raise UserError(f"{data}: column '{column}' holds {bad[0]!r}, which names no class; remove those rows")
+    seen = {split: Counter(of_split) for split, of_split in values.items()}
+    everything = set().union(*seen.values())
+    if isinstance(kind, ClassLabel):
+        beyond = [v for v in everything if not 0 <= v < len(kind.names)]
+        if beyond:
+            raise UserError(f"{data}: label {beyond[0]} in column '{column}', which names {len(kind.names)} classes")
+        return list(kind.names), {i: i for i in range(len(kind.names))}
+    for split, counts in seen.items():
+        missing = sorted(everything - counts.keys(), key=str)
+        if missing:
+            raise UserError(
+                f"{data}: the {split} split lacks the classes {', '.join(map(str, missing[:10]))}; "
+                "every split needs the same classes"
+            )
+    ordered = sorted(everything)
+    return [str(v) for v in ordered], {v: i for i, v in enumerate(ordered)}

@@ -1,0 +1,52 @@
+"""What a run folder says of itself: run.json, the settings, and metrics.jsonl, a line for each epoch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Sequence
+
+from ..errors import UserError
+
+__all__ = ["best_row", "read_metrics", "read_settings"]
+
+NEEDED = ("model", "data")
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """The resolved settings of the run in `folder`; None where there is no run.json.
+
+    Raises:
+        UserError: it is damaged, or not of a run.
+    """
+    file = folder / "run.json"
+    if not file.is_file():
+        return None
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: bring back a copy, or give the model's own folder") from error
+    missing = [key for key in NEEDED if not isinstance(settings, dict) or key not in settings]
+    if missing:
+        raise UserError(
+            f"{file} holds no settings of a run (no {', '.join(missing)}): bring back a copy, or give the model's own "
+            "folder"
+        )
+    return settings
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The evaluations of the run in `folder`, none where there is no metrics.jsonl; damaged lines are passed over."""
+    file = folder / "metrics.jsonl"
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:  # half a line, of a run that was killed
+            continue
+    return [row for row in rows if isinstance(row, dict) and "val_accuracy" in row]
+
+
+def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The evaluation that the model in `best/` is of."""
+    return max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))

@@ -1,0 +1,255 @@
+"""What there is to choose from: the table of models, the nearest name to a misspelt one, loading by any name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Iterator
+
+import timm
+import torch
+import typer
+from safetensors import SafetensorError
+from timm.models import get_arch_name, parse_model_name
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import timm_cbam2  # noqa: F401  (registers the models)
+
+from ..errors import UserError, one_line
+from ..models.resnet_cbam2 import CIFAR_DEPTHS
+from ..models.twins_cbam2 import WARM_START
+from .run_folder import read_settings
+
+__all__ = [
+    "ModelRow",
+    "check_classifier",
+    "class_names",
+    "load",
+    "meaning",
+    "models",
+    "names",
+    "pretrained_tags",
+    "resolve",
+    "row",
+    "suggest",
+    "table",
+    "whole_name",
+]
+
+
+def names() -> list[str]:
+    """Every model of ours: the `_cbam2` ones, and the plain CIFAR ResNets that are their controls."""
+    return sorted({*timm.list_models("*_cbam2"), *CIFAR_DEPTHS}, key=_natural)
+
+
+def _natural(name: str) -> list[Any]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def suggest(name: str, count: int = 3) -> list[str]:
+    """The registered names nearest to `name`, best first; `architecture.tag` ones when only the tag is wrong."""
+    architecture, _, tag = str(name).rpartition(":")[2].partition(".")
+    if tag and timm.is_model(architecture):
+        tags = pretrained_tags(architecture)
+        begun = [t for t in tags if t.startswith((tag, WARM_START + tag))]
+        close = [*begun, *difflib.get_close_matches(tag, tags, count, 0.0)]
+        return [f"{architecture}.{t}" for t in dict.fromkeys(close)][:count] or [architecture]
+    candidates = names()
+    lowered = architecture.lower().replace("-", "_")
+    found = [c for c in (lowered, f"{lowered}_cbam2", f"{lowered}_cbam2".replace("_cbam_", "_")) if c in candidates]
+    found += difflib.get_close_matches(lowered, candidates, count, 0.5)
+    return list(dict.fromkeys(found))[:count]
+
+
+def pretrained_tags(name: str) -> list[str]:
+    """Tags of the weights that `timm.create_model(f"{name}.{tag}", pretrained=True)` loads, the default first."""
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(name)]
+    default = timm.get_pretrained_cfg(name)
+    default_tag = (default.tag if default is not None else "") or ""
+    return sorted(tags, key=lambda t: t != default_tag)
+
+
+class _NoInit(TorchFunctionMode):
+    """Skips in-place operations: initialising tensors that hold nothing takes most of the time of making them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name.endswith("_") and not name.endswith("__") and name != "requires_grad_":
+            return args[0] if args else next(iter(kwargs.values()))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of the table; `parameters` counts them with the default number of classes."""
+
+    name: str
+    parameters: int
+    tags: tuple[str, ...]
+    pretrained: str
+
+
+def table(pattern: str | None = None) -> Iterator[ModelRow]:
+    """The models whose name matches `pattern` (a glob, or part of a name), sized without allocating them.
+
+    Raises:
+        UserError: none matches.
+    """
+    every = names()
+    chosen = every
+    if pattern is not None:
+        glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+        chosen = [n for n in every if fnmatch.fnmatch(n, glob)]
+        if not chosen:
+            raise UserError(f"no model is called {pattern!r}; {_nearest(pattern)}")
+    for name in chosen:
+        yield row(name)
+
+
+def row(name: str) -> ModelRow:
+    """What is known of one registered model, which is built without memory to count its parameters."""
+    with torch.device("meta"), _NoInit():
+        parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+    tags = tuple(pretrained_tags(name))
+    return ModelRow(name, parameters, tags, meaning(tags))
+
+
+def meaning(tags: tuple[str, ...]) -> str:
+    """What `pretrained=True` means for a model with these tags."""
+    if not tags:
+        return "no weights yet: train it"
+    if tags[0].startswith(WARM_START):
+        return "warm start: timm's weights, attention at identity"
+    return "trained with its attention"
+
+
+def _nearest(name: str) -> str:
+    found = suggest(name)
+    return f"did you mean {', '.join(found)}?" if found else "`timm-cbam2 models` lists them all"
+
+
+def resolve(name: str) -> str:
+    """Turn a run folder, model folder, Hub id (`hf-hub:owner/name`) or registered name into timm's own model name.
+
+    Raises:
+        UserError: it is none of these; the nearest names are given.
+    """
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    if os.path.isdir(path):  # which, unlike Path's, takes a name of any length
+        for folder in (path, path / "best", path / "last"):
+            if (folder / "config.json").is_file():
+                return f"local-dir:{folder}"
+        raise UserError(f"{name} holds neither a run (best/, last/) nor a model (config.json with model.safetensors)")
+    if name.startswith("local-dir:") or ":" not in name and ("/" in name or os.path.exists(path)):
+        raise UserError(f"{name}: no such run or model folder; a model on the Hub is written hf-hub:owner/name")
+    try:
+        source, identifier = parse_model_name(name)
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    if source:
+        return name
+    architecture = get_arch_name(identifier)
+    if not timm.is_model(architecture):
+        raise UserError(f"unknown model {name}; {_nearest(name)}")
+    tag = identifier.partition(".")[2]
+    if tag and tag not in pretrained_tags(architecture):
+        raise UserError(f"{architecture} has no weights tagged {tag}; {_nearest(name)}")
+    return name
+
+
+def whole_name(name: str) -> str:
+    """The same model's name from any working directory: a folder by its whole path."""
+    folder = Path(name.removeprefix("local-dir:")).expanduser()
+    if not os.path.isdir(folder):
+        return name
+    return f"{'local-dir:' if name.startswith('local-dir:') else ''}{folder.resolve()}"
+
+
+def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
+    """A model by any name that `resolve` takes, with its weights unless `pretrained` is off.
+
+    Raises:
+        UserError: unknown name, no weights to load, or weights that are missing, damaged or do not fit.
+    """
+    resolved = resolve(name)
+    if pretrained and ":" not in resolved and not pretrained_tags(get_arch_name(resolved)):
+        raise UserError(f"{name} has no pretrained weights: train it with `timm-cbam2 finetune --model {name}`")
+    if resolved.startswith("local-dir:"):
+        from .folder import read_config
+
+        try:
+            read_config(Path(resolved.removeprefix("local-dir:")))
+        except ValueError as error:
+            raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
+    try:
+        return timm.create_model(resolved, pretrained=pretrained, **kwargs)
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot load {name}: its model.safetensors is damaged ({one_line(error, 200)})") from error
+
+
+def check_classifier(model: nn.Module, name: str) -> None:
+    """Raise UserError if the model gives features in place of classes."""
+    if not model.num_classes:
+        raise UserError(
+            f"{name} has no classifier, so it cannot tell what an image is: fine-tune it on labelled images"
+        )
+
+
+def class_names(model: nn.Module, describe: bool = False) -> list[str] | None:
+    """Names of the model's classes in label order, None if it does not say.
+
+    ImageNet models that carry none get WordNet ids, or with `describe` their English names.
+    """
+    cfg = model.pretrained_cfg
+    labels = cfg.get("label_names")
+    if isinstance(labels, dict):
+        labels = [labels[key] for key in sorted(labels, key=int)]
+    if not labels and model.num_classes == cfg.get("num_classes"):
+        subset = timm.data.infer_imagenet_subset(model)
+        labels = timm.data.ImageNetInfo(subset).label_names() if subset else None
+    if not labels or len(labels) != model.num_classes:
+        return None
+    if describe:
+        descriptions = cfg.get("label_descriptions") or {}
+        if not descriptions and all(str(label).startswith("n0") or str(label).startswith("n1") for label in labels):
+            info = timm.data.ImageNetInfo("imagenet-22k")
+            known = set(info.label_names())
+            descriptions = {s: info.label_name_to_description(s) for s in labels if s in known}
+        labels = [descriptions.get(label, label) for label in labels]
+    return [str(label) for label in labels]
+
+
+def run_settings(name: str) -> dict[str, Any] | None:
+    """The resolved settings (`run.json`) of the run that `name` is or lies in; None when it is not one.
+
+    Raises:
+        UserError: the settings are damaged.
+    """
+    path = Path(name.removeprefix("local-dir:")).expanduser()
+    for folder in (path, path.parent):
+        settings = read_settings(folder) if os.path.isdir(path) else None
+        if settings is not None:
+            return settings | {"folder": str(folder)}
+    return None
+
+
+def models(
+    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a glob such as 'resnet5*'.")] = None,
+) -> None:
+    """List the models: name, parameters, what pretrained=True means, and the tags of the weights to start from."""
+    width = max(map(len, names()))
+    count = weights = 0
+    for row in table(pattern):
+        if not count:
+            print(f"{'model':<{width}}  parameters  pretrained=True loads")
+        count, weights = count + 1, weights + len(row.tags)
+        tags = f": {', '.join(row.tags)}" if row.tags else ""
+        print(f"{row.name:<{width}}  {row.parameters / 1e6:8.2f} M  {row.pretrained}{tags}", flush=True)
+    print(f"{count} models, {weights} sets of weights; the first tag is the default")

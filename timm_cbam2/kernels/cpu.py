@@ -1,0 +1,100 @@
+"""A compiled CPU kernel for the block's passes over memory, built on this machine by torch's own extension builder.
+
+Torch has no operation that takes the average and the maximum of a tensor in one reading, or multiplies by two masks at
+once; the kernel does, for float32, float64, bfloat16 and float16 and both memory formats. It changes no formula.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Iterator
+
+import torch
+
+from ..models import passes_cbam2
+
+__all__ = ["cpu_kernel", "disable_cpu_kernel", "enable_cpu_kernel"]
+
+SOURCES = Path(__file__).parent / "csrc"
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+FLAGS = {"AVX2": AVX2, "AVX512": AVX2}  # by torch's name for what the processor can do
+
+
+def enable_cpu_kernel() -> None:
+    """Let every CBAM2 block run its passes on CPUs by the compiled kernel, in this process.
+
+    The first call on a machine builds it, which takes half a minute and needs a C++ compiler and ninja (the extra
+    `cpu`). The result is kept in TORCH_EXTENSIONS_DIR, by default ~/.cache/torch_extensions, for later processes.
+    With the environment variable TIMM_CBAM2_CPU_KERNEL=1 this is done on import, for commands too.
+
+    Raises:
+        RuntimeError: it cannot be built here; the message says why.
+    """
+    if not hasattr(torch.ops.timm_cbam2_cpu, "squeeze"):
+        capability = torch.backends.cpu.get_cpu_capability()
+        flags = ["-O3", "-fopenmp", *FLAGS.get(capability, [])]
+        texts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())]
+        made_of = [*texts, *flags, torch.__version__, capability]
+        key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+        library = root / f"timm_cbam2_cpu-{key}.so"
+        if not _loads(library):
+            _build(library, flags)
+    passes_cbam2.use_kernel(torch.ops.timm_cbam2_cpu)
+
+
+def disable_cpu_kernel() -> None:
+    """Go back to torch's own operations in this process."""
+    passes_cbam2.use_kernel(None)
+
+
+@contextmanager
+def cpu_kernel(wanted: bool = True) -> Iterator[None]:
+    """With the compiled kernel inside, or without; as it was before afterwards."""
+    before = passes_cbam2.kernel_in_use()
+    (enable_cpu_kernel if wanted else disable_cpu_kernel)()
+    try:
+        yield
+    finally:
+        (enable_cpu_kernel if before else disable_cpu_kernel)()
+
+
+def _loads(library: Path) -> bool:
+    """Load it, if it is there and is one of this machine's: a home folder may be shared with others."""
+    try:
+        torch.ops.load_library(library)
+    except OSError:
+        return False
+    return True
+
+
+def _build(library: Path, flags: list[str]) -> None:
+    """Build and load it. It appears under its name when it is whole, so that a killed build leaves nothing to wait
+    for, as torch's own lock would."""
+    log = logging.getLogger("torch.utils.cpp_extension")
+    log.disabled = True  # importing it warns where CUDA has no device, which does not matter here
+    from torch.utils import cpp_extension
+
+    log.disabled = False
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix="timm_cbam2_cpu-") as folder:
+            cpp_extension.load(
+                "cbam2_cpu",
+                [str(SOURCES / "cbam2_cpu.cpp")],
+                extra_cflags=flags,
+                build_directory=folder,
+                is_python_module=False,
+            )
+            os.replace(Path(folder) / "cbam2_cpu.so", library)
+    except (RuntimeError, OSError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise RuntimeError(
+            f"the CPU kernel cannot be built: {reason}. It needs a C++ compiler and `pip install timm_cbam2[cpu]`; "
+            "without it everything works, only slower."
+        ) from error

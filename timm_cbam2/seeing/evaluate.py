@@ -1,0 +1,181 @@
+"""Measure a model on labelled images: top-1, top-5, every class, and who is taken for whom."""
+
+from __future__ import annotations
+
+import json
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Iterator
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from ..data.loading import ImageDataset, data_config, make_loader
+from ..data.sources import Images, find_images, images_of_run
+from ..errors import UserError, require
+from ..files import write_whole
+from ..hub.zoo import class_names, load, resolve, run_settings, whole_name
+from ..training.predictions import predict_all
+from .figures import confusion_picture
+
+__all__ = ["evaluate", "match_classes"]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+
+
+def match_classes(model: nn.Module, images: Images, name: str) -> list[int]:
+    """For each class of the data, its index in the model's output.
+
+    Raises:
+        UserError: the model lacks a class of the data, or does not name its classes and has another number of them.
+    """
+    known = class_names(model)
+    if known is None:
+        if model.num_classes != len(images.classes):
+            raise UserError(
+                f"labels do not match: {name} tells {model.num_classes} classes apart without naming them, "
+                f"{images.name} has {len(images.classes)}; give data with the same classes"
+            )
+        return list(range(model.num_classes))
+    missing = [c for c in images.classes if c not in known]
+    if missing and len(missing) == len(images.classes):
+        raise UserError(
+            f"labels do not match: {name} knows the classes {_some(known)}; {images.name} has {_some(images.classes)}: "
+            f"give data with the same classes, or fine-tune on these with `timm-cbam2 finetune --model {name} --data …`"
+        )
+    if missing:
+        raise UserError(
+            f"labels do not match: {name} does not know {len(missing)} of the classes in {images.name}: "
+            f"{_some(missing)}; remove them, or fine-tune on this data"
+        )
+    return [known.index(c) for c in images.classes]
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run or model folder, hf-hub: id, or name.")],
+    data: Annotated[str | None, typer.Option(help="As for finetune; for a run, its own data.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, val, test or all; val where there is one.")] = None,
+    val_split: Annotated[str | None, typer.Option(help="Images to hold out as val, as for finetune.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at a time.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that read images.")] = None,
+    img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column with the images, for a data set in tables.")] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column with the labels, for a data set in tables.")] = None,
+    skip_bad_images: Annotated[bool, typer.Option(help="Count unreadable images and go on.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for the picture and the numbers.")] = None,
+) -> dict[str, Any]:
+    """Measure a model: top-1, top-5, per class, and a confusion matrix as a picture.
+
+    Raises:
+        UserError: no such model or data, labels that do not match, an unreadable image.
+    """
+    from accelerate import Accelerator
+
+    require("matplotlib")
+    run = run_settings(model)
+    resolve(model)  # a misspelt model is said before the data are read
+    if data is None and run is None:
+        raise UserError(f"{model} is not a run, so say what to measure it on: --data FOLDER, a data set, or digits")
+    own = run is not None and (data is None or data == run["data"] or _same_folder(data, run["data"]))
+    settings = run if own else {}
+    if own:
+        images = images_of_run(run, image_column, label_column, val_split)
+    else:
+        images = find_images(data, image_column, label_column)
+        images = images if val_split is None else images.with_val(val_split)
+    split = split or next(s for s in ("val", "test", "all", "train") if s in images.splits)
+    if split not in images.splits:
+        raise UserError(f"--split {split}: {images.name} has {', '.join(images.splits)}")
+
+    accelerator = Accelerator()
+    network = load(model)
+    targets = torch.tensor(match_classes(network, images, model))
+    folder = output or (Path(run["folder"]) if run else Path("evaluations")) / _folder_name(model, images, split, run)
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    # A model's own configuration already holds what its training data asked for; others get what these data ask for.
+    saved = resolve(model).startswith(("local-dir:", "hf-hub:"))
+    config = data_config(network, img_size, **({} if saved else images.data_config))
+    samples = images.splits[split]
+    samples.labels = targets[torch.tensor(samples.labels)].tolist()
+    dataset = ImageDataset(samples, config, skip_bad=skip_bad_images or bool(settings.get("skip_bad_images")))
+    dataset.check_headers()
+    if workers is None:
+        workers = settings.get("workers", 0)
+    loader = make_loader(dataset, batch_size or settings.get("batch_size", 64), workers)
+    network, loader = accelerator.prepare(network, loader)
+    found = predict_all(accelerator, network, loader)
+    if not found.loss.isfinite().all():
+        raise UserError(f"{model} gives no finite numbers: its training diverged; use an earlier checkpoint")
+
+    names = class_names(accelerator.unwrap_model(network)) or images.classes
+    k = found.top.shape[1]
+    matrix = found.confusion(len(names))
+    counts = matrix.sum(1)
+    result = {
+        "model": model,
+        "data": images.name,
+        "split": split,
+        "images": len(found.labels),
+        "bad_images": int(dataset.bad.sum()),
+        "top1": found.accuracy(),
+        f"top{k}": found.accuracy(k),
+        "loss": found.loss.double().mean().item(),
+        "per_class": {
+            name: {"images": int(n), "accuracy": int(matrix[i, i]) / int(n)}
+            for i, (name, n) in enumerate(zip(names, counts.tolist()))
+            if n
+        },
+        "classes": names,
+        "confusion": matrix.tolist(),
+    }
+    if accelerator.is_main_process:
+        _write(result, matrix, names, folder)
+        _show(result, k, folder, images.notes)
+    return result
+
+
+def _same_folder(one: str, other: str) -> bool:
+    a, b = Path(one).expanduser(), Path(other).expanduser()
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def _folder_name(model: str, images: Images, split: str, run: dict[str, Any] | None) -> str:
+    name = f"evaluate-{images.name}-{split}"
+    return name if run else f"{Path(whole_name(model)).name.replace(':', '-')}-{name}"
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--output {folder} cannot be written ({error.strerror}): give another folder") from error
+
+
+def _write(result: dict[str, Any], matrix: Tensor, names: list[str], folder: Path) -> None:
+    present = (matrix.sum(0) + matrix.sum(1)) > 0 if len(names) > 60 else torch.ones(len(names), dtype=torch.bool)
+    kept = present.nonzero().flatten().tolist()
+    title = f"{result['data']}, {result['split']}: {100 * result['top1']:.2f} % of {result['images']} images"
+    with _writing(folder):
+        write_whole(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+        confusion_picture(matrix[kept][:, kept], [names[i] for i in kept], folder / "confusion.png", title)
+
+
+def _show(result: dict[str, Any], k: int, folder: Path, notes: list[str]) -> None:
+    for note in notes:
+        print(f"note: {note}")
+    print(f"{result['model']} on {result['data']}, {result['split']} split, {result['images']} images")
+    print(f"  top-1 {100 * result['top1']:.2f} %   top-{k} {100 * result[f'top{k}']:.2f} %   loss {result['loss']:.4f}")
+    if result["bad_images"]:
+        print(f"  {result['bad_images']} unreadable images left out")
+    rows = sorted(result["per_class"].items(), key=lambda item: item[1]["accuracy"])
+    shown = rows if len(rows) <= 20 else rows[:20]
+    width = max(len(name) for name, _ in shown)
+    print("  per class" + (", the worst 20" if len(rows) > len(shown) else "") + ":")
+    for name, row in shown:
+        print(f"    {name:<{width}}  {100 * row['accuracy']:6.2f} %  of {row['images']}")
+    print(f"  numbers  {folder / 'evaluation.json'}\n  picture  {folder / 'confusion.png'}")

@@ -1,0 +1,138 @@
+"""Is the attention alive? What routers and gates do on validation images, in numbers and, where they fail, in words."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..models.cbam2 import CbamAttention, is_cbam2, record_attention
+
+__all__ = ["branch_names", "measure", "tracked"]
+
+IMAGES = 32  # enough to see a spread, few enough to cost little
+NEAR = 0.02  # a mask value this near to its gate's ends, as a share of the range, passes hardly any gradient
+RANGE = {"sigmoid": 1.0, "hard_sigmoid": 1.0, "unit_sigmoid": 2.0}
+COLLAPSED, SATURATED = 0.05, 0.5  # entropy below, share above which there is a warning
+UNIFORM = 0.9995, 0.002  # entropy above and spread below which there is one
+
+
+@torch.no_grad()
+def measure(network: nn.Module, images: Tensor) -> dict[str, Any] | None:
+    """Numbers for every CBAM2 block of `network`, from one forward pass; it is left in the mode it was in.
+
+    Args:
+        network: any model, not wrapped for several processes.
+        images: (B, C, H, W), normalised, on the model's device.
+
+    Returns:
+        {"blocks": {name: {...}}, "warnings": [text, ...]}, None for a model without CBAM2. Per block: `fusion` and
+        `branches` are mean weights over the images, `…_spread` the largest standard deviation over them, `…_entropy`
+        the mean entropy of an image's weights from 0 (one takes all) to 1 (all equal), `…_saturated` the share of mask
+        values at an end of the gate's range, `temperatures` those of the channel and the spatial gate.
+    """
+    modules = {name.replace("_orig_mod.", ""): m for name, m in network.named_modules() if is_cbam2(m)}
+    if not modules:
+        return None
+    training = network.training
+    network.eval()
+    with record_attention(network) as records:
+        network(images)
+    network.train(training)
+    blocks = {name: _block(modules[name], seen) for name, seen in records.items()}
+    return {"blocks": blocks, "warnings": [text for name, block in blocks.items() for text in _warnings(name, block)]}
+
+
+def tracked(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl, those of its "health" as `health/BLOCK/NAME`, as trackers take them."""
+    numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    for block, found in (row["health"] or {"blocks": {}})["blocks"].items():
+        numbers |= {f"health/{block}/{name}": v for name, v in found.items() if isinstance(v, (int, float))}
+        numbers |= {f"health/{block}/temperature_{k}": t for k, t in zip(("channel", "spatial"), found["temperatures"])}
+    return numbers
+
+
+def branch_names(block: nn.Module) -> list[str]:
+    """What each router weight is for, such as "5x5".
+
+    A reparameterized block has one stored convolution in place of its branches: there they are told by which taps of
+    their kernel are not zero, and one whose kernel is all zeros is "branch 2", say.
+    """
+    merged = getattr(block.spatial, "conv", None)
+    if merged is not None:
+        return [_kernel_name(kernel, f"branch {i}") for i, kernel in enumerate(merged.weight.detach(), 1)]
+    return [_branch_name(branch.dw.kernel_size[0], branch.dilation) for branch in block.spatial.branches]
+
+
+def _branch_name(side: int, dilation: int) -> str:
+    return f"{side}x{side}" + (f" dilated {dilation}" if dilation > 1 else "")
+
+
+def _kernel_name(kernel: Tensor, otherwise: str) -> str:
+    """The name of the branch that a kernel (S, f, f) was, padded and with zeros between dilated taps."""
+    rows = kernel.any(0).any(1).nonzero().flatten().tolist()
+    if not rows:
+        return otherwise
+    return _branch_name(len(rows), rows[1] - rows[0] if len(rows) > 1 else 1)
+
+
+def _block(block: nn.Module, seen: CbamAttention) -> dict[str, Any]:
+    fusion: dict[str, Any] = {"fusion": None, "fusion_spread": None, "fusion_entropy": None}
+    weights = seen.fusion_weights
+    if weights is None and block.channel.fusion_logits is not None:
+        weights = block.channel.fusion_logits.softmax(0)[None]
+    if weights is not None:
+        fusion = _weights("fusion", weights)
+    return {
+        **fusion,
+        **_weights("branches", seen.router_weights),
+        "branch_names": branch_names(block),
+        "channel_saturated": _saturated(seen.channel_mask, block.channel.gate),
+        "spatial_saturated": _saturated(seen.spatial_mask, block.spatial.gate),
+        "temperatures": [round(part.temperature(torch.float32).item(), 5) for part in (block.channel, block.spatial)],
+    }
+
+
+def _weights(name: str, weights: Tensor) -> dict[str, Any]:
+    """Mean, spread and entropy of weights (B, K) that sum to 1."""
+    weights = weights.double().cpu()
+    count = weights.shape[1]
+    entropy = -torch.special.xlogy(weights, weights).sum(1).mean().item() / math.log(count) if count > 1 else 1.0
+    return {
+        name: [round(value, 5) for value in weights.mean(0).tolist()],
+        f"{name}_spread": round(weights.std(0, correction=0).max().item(), 5),
+        f"{name}_entropy": round(min(max(entropy, 0.0), 1.0), 5),
+    }
+
+
+def _saturated(mask: Tensor, gate: str) -> float:
+    share = mask.float() / RANGE[gate]
+    return round(((share < NEAR) | (share > 1 - NEAR)).float().mean().item(), 5)
+
+
+def _warnings(name: str, block: dict[str, Any]) -> Sequence[str]:
+    texts = []
+    for key, what, names in (
+        ("fusion", "squeeze", ["average", "maximum"]),
+        ("branches", "branch", block["branch_names"]),
+    ):
+        means = block[key]
+        if means is None or len(means) < 2:
+            continue
+        if block[f"{key}_entropy"] < COLLAPSED:
+            top = max(range(len(means)), key=means.__getitem__)
+            if means[top] > 0.95:
+                texts.append(
+                    f"{name}: the {what} '{names[top]}' takes {100 * means[top]:.0f} % for every image (collapse)"
+                )
+        elif block[f"{key}_entropy"] > UNIFORM[0] and block[f"{key}_spread"] < UNIFORM[1]:
+            texts.append(f"{name}: every {what} weighs the same for every image, its router decides nothing (uniform)")
+    for key, what in (("channel_saturated", "channel"), ("spatial_saturated", "spatial")):
+        if block[key] > SATURATED:
+            texts.append(f"{name}: {100 * block[key]:.0f} % of the {what} mask is at an end of its gate (saturated)")
+    for value, what in zip(block["temperatures"], ("channel", "spatial")):
+        if not 0.1 < value < 10:
+            texts.append(f"{name}: the {what} temperature is {value:.3g}, far from where it began")
+    return texts

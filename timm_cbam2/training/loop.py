@@ -1,0 +1,389 @@
+"""The loop: train, measure, remember, save; interrupted anywhere, it goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from accelerate.utils import broadcast
+from torch import Tensor, nn
+
+from ..data.loading import kept_quiet, seeded
+from ..data.sources import Images
+from ..data.stream import in_turns, load_place, place
+from ..errors import Stopped
+from ..hub.folder import save
+from ..seeing.health import IMAGES, measure, tracked
+from .checkpoint import Checkpoints, Position, writing
+from .finish import draw_curves, finish, push_best
+from .guards import LossWatch, StopSignal, bad_loss, check_validation
+from .optimise import keep_frozen, make_loss
+from .predictions import Predictions, predict_all
+from .progress import MetricsFile, Progress
+from .settings import save_interval
+
+__all__ = ["Run"]
+
+
+@dataclass
+class Run:
+    """A prepared run; `train` sees it through."""
+
+    accelerator: Any
+    network: nn.Module  # prepared
+    ema: Any  # timm's ModelEmaV3 or None
+    optimizer: Any
+    scheduler: Any
+    train_loader: Any
+    val_loader: Any
+    parts: dict[str, Any]
+    folder: Path
+    settings: dict[str, Any]
+    images: Images
+    config: dict[str, Any]  # preprocessing of the finished model
+    info: dict[str, Any]  # goes into checkpoint.json, to be compared on resuming
+    trained: tuple[int, int]  # numbers of parameters, those that are trained and all
+    blueprint: nn.Module | None = None  # a whole copy to save, where the model is sharded
+    at: Position = field(default_factory=Position)
+
+    def __post_init__(self) -> None:
+        accelerator, settings = self.accelerator, self.settings
+        self.model = accelerator.unwrap_model(self.network)
+        self.criterion, self.mixup = make_loss(settings, len(self.images.classes))
+        self.metrics = MetricsFile(self.folder / "metrics.jsonl")
+        self.checkpoints = Checkpoints(accelerator, self.folder, settings["keep"])
+        self.save_every, self.save_unit = save_interval(settings["save_every"])
+        # A GPU must not wait at every step for a look at its loss, or for the other processes' signals.
+        self.look_every = 1 if accelerator.device.type == "cpu" else 20
+        self.watch = LossWatch(self.parts["train"].name)
+        self.found_bad: dict[str, Any] | None = None
+        self.probe: Tensor | None = None
+        self.warned: set[str] = set()
+        self.exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        if settings["streaming"]:
+            whole = len(self.parts["train"]) // (settings["batch_size"] * accelerator.num_processes)
+            self.batches = max(whole // settings["accumulate"], 1) * settings["accumulate"]
+        else:
+            self.batches = len(self.train_loader)
+        self.batch_images = settings["batch_size"] * accelerator.num_processes
+        accelerator.register_for_checkpointing(self.at, *([self.ema] if self.ema is not None else []))
+
+    # -- going on where it stopped
+
+    def resume(self, checkpoint: Path, batch: int | None = None) -> None:
+        """Load a checkpoint; `batch` replaces the one it was made at, when batches have another size now."""
+        self.accelerator.load_state(str(checkpoint))
+        at = self.at
+        if batch is not None:
+            at.batch = batch
+        if self.scheduler is not None:
+            self.scheduler.step_update(
+                at.updates
+            )  # a function of the steps, so that more epochs may have been asked for
+        for split, indices in at.bad.items():
+            if not self.settings["streaming"]:
+                self.parts[split].bad[indices] = 1
+        if self.settings["streaming"] and 0 < at.batch < self.batches:
+            load_place(self.train_loader, at.streams[self.accelerator.process_index])
+        if self.accelerator.is_main_process:
+            self.metrics.resume(at.rows)
+        else:
+            self.metrics.rows = list(at.rows)
+
+    def checkpoint(self) -> Path:
+        """Save everything; all processes call this."""
+        accelerator, at = self.accelerator, self.at
+        sums = self.sums if at.batch else torch.zeros_like(self.sums)
+        kept, at.sums = at.sums, accelerator.gather(sums[None]).cpu()
+        for split, part in self.parts.items():
+            bad = accelerator.reduce(part.bad.to(accelerator.device, torch.int32)).cpu()
+            at.bad[split] = bad.nonzero().flatten().tolist()
+        if self.settings["streaming"]:
+            from accelerate.utils import gather_object
+
+            at.streams = gather_object([place(self.train_loader) if 0 < at.batch < self.batches else None])
+        info = {"step": at.updates, "epoch": at.epoch, "batch": at.batch, **self.info}
+        try:
+            return self.checkpoints.save(at.updates, info)
+        finally:
+            at.sums = kept
+
+    # -- the run
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to train."""
+        patience = self.settings["patience"]
+        return self.at.epoch > self.settings["epochs"] or (patience is not None and self.at.waited >= patience)
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end, or to a signal.
+
+        Returns:
+            The last row of metrics.jsonl, with "output" and "best_accuracy".
+
+        Raises:
+            UserError: the loss is no number any more, or the disk is full.
+            Stopped: a signal came; everything is saved.
+        """
+        accelerator, at, epochs = self.accelerator, self.at, self.settings["epochs"]
+        images = min(self.batches * self.batch_images, len(self.parts["train"]))
+        self.progress = Progress(images * epochs, accelerator.is_main_process)
+        self.progress.skip(min(images * (at.epoch - 1) + at.batch * self.batch_images, images * epochs))
+        start, drawn = time.monotonic(), 0.0
+        with StopSignal()() as self.stop:
+            try:
+                while not self.over:
+                    self._epoch()
+                    row = self._measure()
+                    self._record(row)
+                    at.epoch, at.batch, at.sums = at.epoch + 1, 0, None
+                    if (
+                        self.over
+                        or self.save_unit == "epochs"
+                        and self.save_every
+                        and row["epoch"] % self.save_every == 0
+                    ):
+                        self.checkpoint()
+                    if time.monotonic() - drawn > 30 and accelerator.is_main_process:
+                        draw_curves(self.folder, self.settings, self.metrics.rows, *self._data())
+                        drawn = time.monotonic()
+            finally:
+                self.progress.close()
+            if accelerator.is_main_process:
+                self.checkpoints.prune(1)
+                finish(
+                    self.folder,
+                    self.settings,
+                    self.metrics.rows,
+                    at.best,
+                    at.confusion,
+                    self.images.classes,
+                    self._data(),
+                    time.monotonic() - start,
+                    self.trained,
+                )
+            accelerator.wait_for_everyone()
+        if self.settings["track"]:
+            accelerator.end_training()
+        if self.settings["push_to"] and accelerator.is_main_process:
+            push_best(self.folder, self.settings["push_to"])
+        return {**self.metrics.rows[-1], "best_accuracy": at.best["val_accuracy"], "output": str(self.folder)}
+
+    def _data(self) -> tuple[str, int]:
+        return self.images.name, len(self.parts["train"])
+
+    def _epoch(self) -> None:
+        accelerator, at, settings, network = self.accelerator, self.at, self.settings, self.network
+        network.train()
+        keep_frozen(self.model)
+        self.progress.begin(f"epoch {at.epoch}/{settings['epochs']}")
+        self.sums = torch.zeros(3, dtype=self.exact, device=accelerator.device)
+        if at.sums is not None:
+            mine = accelerator.process_index
+            if len(at.sums) == accelerator.num_processes:
+                self.sums += at.sums[mine].to(self.sums)
+            elif mine == 0:
+                self.sums += at.sums.sum(0).to(self.sums)
+        channels_last = torch.channels_last if settings["channels_last"] else torch.preserve_format
+        began, first = time.monotonic(), at.batch
+        for images, labels, indices in self._batches():
+            at.batch += 1
+            images = images.contiguous(memory_format=channels_last) if settings["channels_last"] else images
+            targets = labels
+            if self.mixup is not None:
+                with seeded(settings["seed"], at.epoch, at.batch, accelerator.process_index, 1):
+                    pairs = len(images) // 2 * 2
+                    images, labels, indices = images[:pairs], labels[:pairs], indices[:pairs]
+                    images, targets = self.mixup(images, labels)
+                labels = targets.argmax(1)
+            with accelerator.accumulate(network):
+                logits = network(images)
+                loss = self.criterion(logits, targets)
+                accelerator.backward(loss)
+                if settings["clip_grad"] is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(network.parameters(), settings["clip_grad"])
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            with torch.no_grad():
+                hits = (logits.argmax(1) == labels).sum()
+                batch = torch.stack([loss.detach() * len(labels), hits, torch.full_like(hits, len(labels))]).to(
+                    self.sums
+                )
+            self.sums += batch
+            self.watch.add(at.epoch, at.updates + 1, self._lr(), loss, indices)
+            self.progress.step(len(labels) * accelerator.num_processes, batch)
+            if accelerator.sync_gradients:
+                self._updated()
+        self._look()
+        self.seconds, self.speed = time.monotonic() - began, self.progress.speed() if at.batch > first else 0.0
+
+    def _batches(self) -> Iterator[Any]:
+        """The batches of the epoch in hand that are not done; making them leaves the random generators alone."""
+        accelerator, at, loader = self.accelerator, self.at, self.train_loader
+        self.parts["train"].set_epoch(at.epoch)
+        if self.settings["streaming"]:
+            for batch in kept_quiet(in_turns(loader, self.batches - at.batch)):
+                yield [tensor.to(accelerator.device, non_blocking=True) for tensor in batch]
+            return
+        loader.set_epoch(at.epoch)
+        if at.batch:
+            loader = accelerator.skip_first_batches(loader, at.batch)
+        yield from kept_quiet(loader)
+
+    def _updated(self) -> None:
+        """After each optimizer step: schedule, average, look for trouble, save."""
+        at = self.at
+        at.updates += 1
+        if self.scheduler is not None:
+            self.scheduler.step_update(at.updates)
+        if self.ema is not None:
+            self.ema.update(self.model, step=at.updates)
+        due = self.save_unit == "steps" and self.save_every and at.updates % self.save_every == 0
+        if at.updates % self.look_every == 0 or due:
+            stop = self._look()
+            if stop or due:
+                self.checkpoint()
+            if stop:
+                self._stop()
+
+    def _look(self) -> bool:
+        """Whether any process was told to stop; raises when the loss of any is not finite."""
+        self.found_bad = self.found_bad or self.watch.look()
+        stop, bad = self.stop.name is not None, self.found_bad is not None
+        accelerator = self.accelerator
+        if accelerator.num_processes > 1:
+            flags = torch.tensor([stop, bad], dtype=torch.float32, device=accelerator.device)
+            stop, bad = (flag > 0 for flag in accelerator.reduce(flags).tolist())
+        if bad:
+            found = self.found_bad
+            if accelerator.num_processes > 1:
+                from accelerate.utils import gather_object
+
+                found = next(f for f in gather_object([found]) if f is not None)
+            raise bad_loss(found, self.folder, self._newest(), accelerator.is_main_process)
+        return stop
+
+    def _newest(self) -> str:
+        return str(next(iter(self.checkpoints.all()), None) or "none yet")
+
+    def _stop(self) -> None:
+        """Leave after a signal; the checkpoint has been written."""
+        self._save("last")
+        best = f"; best model so far in {self.folder / 'best'}" if self.at.best else ""
+        raise Stopped(
+            f"stopped by {self.stop.name or 'a signal'} in epoch {self.at.epoch} after {self.at.updates} steps: all is "
+            f"saved, go on with  timm-cbam2 finetune --resume {shlex.quote(str(self.folder))}  (the model as it is now "
+            f"is in {self.folder / 'last'}{best})"
+        )
+
+    # -- measuring
+
+    def _measure(self) -> dict[str, Any]:
+        """The row of this epoch; a signal meanwhile ends the run as the epoch's last step left it."""
+        accelerator, at = self.accelerator, self.at
+        loss, hits, count = accelerator.reduce(self.sums).tolist()
+        raw = self._predict(self.network)
+        found = raw
+        if self.ema is not None:
+            for buffer in self.ema.module.buffers():  # each process averaged the statistics of its own batches
+                broadcast(buffer)
+            found = self._predict(self.ema.module)
+        check_validation((found.loss, raw.loss), at.epoch, self._lr(), self._newest())
+        self.confusion = found.confusion(len(self.images.classes)).to(torch.int32)
+        row = {
+            "epoch": at.epoch,
+            "step": at.updates,
+            "lr": self._lr(),
+            "train_loss": loss / max(count, 1),
+            "train_accuracy": hits / max(count, 1),
+            "val_loss": found.loss.double().mean().item(),
+            "val_accuracy": found.accuracy(),
+            "val_top5": found.accuracy(5),
+            "val_images": len(found.labels),
+        }
+        if self.ema is not None:  # val_… are those of the average, which is what is saved as a model
+            row |= {"raw_val_loss": raw.loss.double().mean().item(), "raw_val_accuracy": raw.accuracy()}
+        row |= {
+            "bad_images": {split: self._bad(part) for split, part in self.parts.items()},
+            "health": measure(self.model if self.ema is None else self.ema.module, self._probe()),
+            "images_per_second": round(self.speed, 1),
+            "seconds": round(self.seconds, 2),
+        }
+        return row
+
+    def _predict(self, model: nn.Module) -> Predictions:
+        found = predict_all(self.accelerator, model, self.val_loader, stop=self._look)
+        if found is None:
+            self.checkpoint()
+            self._stop()
+        return found
+
+    def _probe(self) -> Tensor:
+        """A few validation images, spread over the split, the same at every evaluation."""
+        if self.probe is None:
+            if self.settings["streaming"]:
+                images = next(iter(self.val_loader))[0][:IMAGES]
+            else:
+                part = self.parts["val"]
+                chosen = torch.linspace(0, len(part) - 1, min(IMAGES, len(part))).long().unique().tolist()
+                images = torch.stack([part[index][0] for index in chosen])
+            self.probe = images.to(self.accelerator.device)
+        return self.probe
+
+    def _bad(self, part: Any) -> int:
+        bad = self.accelerator.reduce(part.bad.to(self.accelerator.device, torch.int32))
+        return int(bad.sum() if self.settings["streaming"] else bad.gt(0).sum())
+
+    def _lr(self) -> float:
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
+    def _record(self, row: dict[str, Any]) -> None:
+        """Keep the best model, write and show the row."""
+        at = self.at
+        rank = (row["val_accuracy"], -row["val_loss"])
+        better = at.best is None or rank > (at.best["val_accuracy"], -at.best["val_loss"])
+        if better:
+            at.best, at.waited, at.confusion = row, 0, self.confusion
+            self._save("best")
+        else:
+            at.waited += 1
+        self._save("last")
+        if self.accelerator.is_main_process:
+            with writing(self.metrics.path):
+                self.metrics.append(row)
+        else:
+            self.metrics.rows.append(row)
+        at.rows = list(self.metrics.rows)
+        if self.settings["track"]:
+            self.accelerator.log(tracked(row), step=row["step"])
+        bad = sum(row["bad_images"].values())
+        self.progress.say(
+            f"epoch {row['epoch']:>3}/{self.settings['epochs']}  train loss {row['train_loss']:.3f} "
+            f"accuracy {100 * row['train_accuracy']:.1f} %  validation loss {row['val_loss']:.3f} "
+            f"accuracy {100 * row['val_accuracy']:.2f} %{' *' if better else '  '} "
+            f"{row['images_per_second']:.0f} images/s" + (f"  {bad} unreadable images left out" if bad else "")
+        )
+        for text in (row["health"] or {}).get("warnings", ()):
+            if text not in self.warned and len(self.warned) < 20:
+                self.progress.say(f"  attention: {text}")
+            self.warned.add(text)
+
+    def _save(self, name: str) -> None:
+        """Write a model folder that both doors open."""
+        accelerator = self.accelerator
+        model = self.network if self.ema is None else self.ema.module
+        if self.blueprint is not None:
+            state = accelerator.get_state_dict(self.network)
+            if accelerator.is_main_process:
+                self.blueprint.load_state_dict(state)
+            model = self.blueprint
+        if not accelerator.is_main_process:
+            return
+        with writing(self.folder / name):
+            save(model, self.folder / name, label_names=self.images.classes, data_config=self.config)

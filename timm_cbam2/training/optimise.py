@@ -1,0 +1,164 @@
+"""What is trained and how fast: parts to freeze, parameter groups, optimizer, schedule, loss, all timm's."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from timm.data import Mixup
+from timm.loss import BinaryCrossEntropy
+from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import UserError, one_line
+from ..models.cbam2 import is_cbam2
+
+__all__ = ["attention_parameters", "freeze", "keep_frozen", "make_loss", "make_optimizer", "make_schedule"]
+
+
+def attention_parameters(network: nn.Module) -> set[str]:
+    """Names of the parameters inside attention blocks: CBAM2's, and those in timm's attention slot (`…se.`)."""
+    found = set()
+    for name, module in network.named_modules():
+        if is_cbam2(module) or name.rpartition(".")[2] == "se":
+            found |= {f"{name}.{parameter}" for parameter, _ in module.named_parameters()}
+    return found
+
+
+def head_parameters(network: nn.Module) -> set[str]:
+    """Names of the parameters of the classifier."""
+    head = network.get_classifier()
+    modules = {id(module) for module in ([head] if isinstance(head, nn.Module) else head)}
+    return {
+        f"{name}.{parameter}"
+        for name, module in network.named_modules()
+        if id(module) in modules
+        for parameter, _ in module.named_parameters()
+    }
+
+
+def freeze(network: nn.Module, train: str) -> int:
+    """Leave only a part of `network` trainable.
+
+    Args:
+        network: a timm model.
+        train: "all", "attention", "head" or "attention+head".
+
+    Returns:
+        Number of trainable parameters.
+
+    Raises:
+        UserError: the model has no such part.
+    """
+    if train != "all":
+        chosen: set[str] = set()
+        for part in train.split("+"):
+            names = attention_parameters(network) if part == "attention" else head_parameters(network)
+            if not names:
+                raise UserError(f"--train {train}: this model has no {part}; --train all trains what it has")
+            chosen |= names
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(name in chosen)
+    return sum(p.numel() for p in network.parameters() if p.requires_grad)
+
+
+def keep_frozen(network: nn.Module) -> None:
+    """After `network.train()`: a BatchNorm whose parameters are frozen also leaves its statistics as they are."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """timm's groups (no decay for norms, biases, temperatures; lr by depth), with attention in groups of its own."""
+    exempt = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    if settings["layer_decay"] is not None:
+        groups = param_groups_layer_decay(
+            network, settings["weight_decay"], exempt, layer_decay=settings["layer_decay"]
+        )
+    else:
+        groups = param_groups_weight_decay(network, settings["weight_decay"], no_weight_decay_list=exempt)
+    scale = settings["attention_lr_scale"]
+    if scale == 1.0:
+        return groups
+    names = attention_parameters(network)
+    attention = {id(p) for name, p in network.named_parameters() if name in names}
+    if not attention:
+        raise UserError(f"--attention-lr-scale {scale:g}: this model has no attention; leave it out")
+    split = []
+    for group in groups:
+        for inside in (False, True):
+            parameters = [p for p in group["params"] if (id(p) in attention) == inside]
+            if parameters:
+                lr_scale = group.get("lr_scale", 1.0) * (scale if inside else 1.0)
+                split.append({**group, "params": parameters, "lr_scale": lr_scale})
+    return split
+
+
+def make_optimizer(network: nn.Module, settings: dict[str, Any]) -> Any:
+    """timm's optimizer of that name.
+
+    Raises:
+        UserError: it cannot be used here, or not with these arguments.
+    """
+    opt = settings["opt"]
+    extra = dict(settings["opt_kwargs"])
+    if settings["momentum"] is not None:
+        extra["momentum"] = settings["momentum"]
+    try:
+        optimizer = create_optimizer_v2(
+            network,
+            opt=opt,
+            lr=settings["lr"],
+            weight_decay=settings["weight_decay"],
+            param_group_fn=lambda model: _groups(model, settings),
+            **extra,
+        )
+    except UserError:
+        raise
+    except (AssertionError, ImportError, NameError, ValueError, TypeError) as error:  # it needs a package, a GPU, …
+        with_what = f" with {extra}" if extra else ""
+        advice = "leave --opt-kwargs or --momentum out" if extra else "try --opt adamw"
+        raise UserError(f"--opt {opt} cannot be used here{with_what}: {one_line(error, 200)}; {advice}") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"--opt {opt} needs second derivatives, which are not computed here; try --opt adamw")
+    return optimizer
+
+
+def make_schedule(optimizer: Any, settings: dict[str, Any], updates_per_epoch: int) -> Any:
+    """timm's schedule of that name, a function of the number of updates; None for "none".
+
+    Raises:
+        UserError: it cannot be had with so many epochs.
+    """
+    sched, epochs, lr = settings["sched"], settings["epochs"], settings["lr"]
+    warmup = min(settings["warmup_epochs"], epochs / 2)
+    if sched == "none" and any(group.get("lr_scale", 1.0) != 1.0 for group in optimizer.param_groups):
+        sched, warmup = "constant", 0  # timm's schedules apply the scales, its optimizers do not
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched,
+            num_epochs=epochs,
+            warmup_epochs=warmup,
+            warmup_lr=lr / 100,
+            min_lr=lr / 1000,
+            step_on_epochs=False,
+            updates_per_epoch=updates_per_epoch,
+        )
+    except ValueError as error:
+        raise UserError(f"--sched {settings['sched']} with --epochs {epochs}: {one_line(error, 200)}") from error
+    return scheduler
+
+
+def make_loss(settings: dict[str, Any], classes: int) -> tuple[Callable[..., Any], Mixup | None]:
+    """The training loss, and what mixes a batch before it (None unless asked for)."""
+    smoothing = settings["label_smoothing"]
+    mixup = None
+    if settings["mixup"] > 0 or settings["cutmix"] > 0:
+        mixup = Mixup(settings["mixup"], settings["cutmix"], label_smoothing=smoothing, num_classes=classes)
+        smoothing = 0.0  # is in the mixed targets
+    if settings["bce"]:
+        return BinaryCrossEntropy(smoothing, settings["bce_target_threshold"]), mixup
+    return nn.CrossEntropyLoss(label_smoothing=smoothing), mixup
