@@ -80,7 +80,7 @@ os.environ["HF_TOKEN"] = "hf_test"
 (folder / "data.parquet").write_bytes(b"rows")
 push(folder, "user/model")
 up = hub.repos["user/model"]["main"]
-code = {path.name for path in (Path(ROOT) / "timm_cbam2").glob("*cbam2.py")}
+code = {path.name for path in (Path(ROOT) / "timm_cbam2" / "models").glob("*cbam2.py")}
 assert up.keys() == {"config.json", "model.safetensors", "README.md"} | code
 assert len(hub.commits) == 1 and up["model.safetensors"] == (folder / "model.safetensors").read_bytes()
 assert b'hf-hub:user/model"' in up["README.md"]

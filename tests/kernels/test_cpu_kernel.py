@@ -10,7 +10,8 @@ import torch
 from randomise import randomise
 from reference import reference
 
-from timm_cbam2 import Cbam2, disable_cpu_kernel, enable_cpu_kernel, passes_cbam2, resolve_options
+from timm_cbam2 import Cbam2, disable_cpu_kernel, enable_cpu_kernel, resolve_options
+from timm_cbam2.models import passes_cbam2
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -179,7 +180,7 @@ def test_what_the_kernel_cannot_serve_goes_without(kernel):
 
 
 def test_by_the_environment_and_without_a_compiler(built, script, environment, tmp_path):
-    program = "import timm_cbam2; from timm_cbam2 import passes_cbam2; print(passes_cbam2._kernel is not None)"
+    program = "import timm_cbam2; from timm_cbam2.models import passes_cbam2; print(passes_cbam2._kernel is not None)"
     on = {**environment, "TIMM_CBAM2_CPU_KERNEL": "1"}
     result = script(program, env=on)
     assert (result.out, result.err) == ("True\n", "")

@@ -368,7 +368,7 @@ for name, data in files.items():
     wanted = (space / "requirements.txt").read_text().splitlines()
     assert any(line.startswith("gradio>=") for line in wanted) and any(line.startswith("timm>=") for line in wanted)
     assert not any("timm_cbam2" in line or "pytest" in line or "extra" in line for line in wanted)
-    assert (space / "app.py").read_bytes() == (ROOT / "timm_cbam2" / "app.py").read_bytes()
+    assert (space / "app.py").read_bytes() == (ROOT / "timm_cbam2" / "seeing" / "page" / "app.py").read_bytes()
 
     shown = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
     shown.update(SPACE_ID="user/demo", GRADIO_SERVER_NAME="127.0.0.1", GRADIO_SERVER_PORT=str(free_port()))
@@ -379,5 +379,5 @@ for name, data in files.items():
         assert first["value"] == "model/model"
     finally:
         stop(process)
-    loaded = list(space.glob("timm_cbam2/__pycache__/explain.*.pyc"))
+    loaded = list(space.glob("timm_cbam2/seeing/__pycache__/explain.*.pyc"))
     assert loaded or os.environ.get("PYTHONDONTWRITEBYTECODE")
