@@ -23,7 +23,7 @@ from torch import nn
 import timm_cbam2  # noqa: F401
 from timm_cbam2.data.loading import ImageDataset, data_config, make_loader
 from timm_cbam2.data.sources import find_images
-from timm_cbam2.training.finetune import finetune
+from timm_cbam2.finetune import finetune
 
 ROUNDS, PART = 4, "attention+head"
 CASES = (  # model, side in pixels, batch size, workers; without workers the digits, else files

@@ -6,6 +6,7 @@ from typing import NoReturn
 
 from .errors import run_commands
 from .evidence.benchmark.command import benchmark
+from .finetune import finetune
 from .hub.configs import configs
 from .hub.export import export
 from .hub.push import pull, push
@@ -15,7 +16,6 @@ from .seeing.explain import explain
 from .seeing.page.app import app
 from .seeing.predict import predict
 from .seeing.report import report
-from .training.finetune import finetune
 
 __all__ = ["main"]
 

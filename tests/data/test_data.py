@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 import timm_cbam2  # noqa: F401
-from timm_cbam2.data.loading import ImageDataset, data_config, make_loader, read_image
+from timm_cbam2.data.loading import ImageDataset, data_config, make_loader
+from timm_cbam2.data.reading import read_image
 from timm_cbam2.data.sources import find_images
 from timm_cbam2.errors import UserError
 

@@ -12,10 +12,12 @@ from randomise import randomise
 from timm.utils import reparameterize_model
 
 from timm_cbam2 import CbamAttention, record_attention
-from timm_cbam2.data.loading import build_transform, data_config, read_image
+from timm_cbam2.data.loading import build_transform, data_config
+from timm_cbam2.data.reading import read_image
 from timm_cbam2.seeing.attention_picture import LOWERS, NEUTRAL, RAISES, draw, overlay, reach_of
-from timm_cbam2.seeing.explain import BlockView, Explainer
+from timm_cbam2.seeing.explain import Explainer
 from timm_cbam2.seeing.health import measure
+from timm_cbam2.seeing.views import BlockView
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_cbam2.data.loading import build_transform, data_config, read_image
+from timm_cbam2.data.loading import build_transform, data_config
+from timm_cbam2.data.reading import read_image
 from timm_cbam2.seeing.report import command
 
 TIMES = ("seconds", "images_per_second")

@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from timm_cbam2.training.settings import RECIPES
+from timm_cbam2.training.recipe import RECIPES
 
 FOLDER = RECIPES / "accelerate"
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from timm_cbam2.errors import UserError
-from timm_cbam2.training.finetune import finetune
+from timm_cbam2.finetune import finetune
 
 
 def rows(folder):

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_cbam2.data import stream
-from timm_cbam2.data.loading import read_image
+from timm_cbam2.data.reading import read_image
 from timm_cbam2.data.sources import images_of_run
 
 datasets = pytest.importorskip("datasets")

@@ -16,7 +16,7 @@ from timm_cbam2.data.loading import ImageDataset, data_config, make_loader
 from timm_cbam2.data.sources import find_images
 from timm_cbam2.seeing.health import measure
 from timm_cbam2.training.optimise import attention_parameters, freeze, make_optimizer
-from timm_cbam2.training.settings import RECIPES, read_recipe
+from timm_cbam2.training.recipe import RECIPES, read_recipe
 
 OPTIONS = dict(opt="adamw", opt_kwargs={}, momentum=None, lr=1.0, weight_decay=0.1)
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .loading import UNREADABLE, ImageDataset, build_transform, read_image
-from .sources import Samples
+from .images import Samples
+from .loading import ImageDataset, build_transform
+from .reading import UNREADABLE, read_image
 
 __all__ = ["CachedImages"]
 

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import random
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Iterable, Iterator
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import UserError, one_line
+from .images import Samples
+from .reading import UNREADABLE, read_image
 from .repeated import RepeatedSampler
-from .sources import Images, Samples, find_images
 
 __all__ = [
     "ImageDataset",
-    "Images",
     "build_transform",
     "data_config",
-    "find_images",
     "kept_quiet",
     "make_loader",
-    "read_image",
     "seeded",
     "start_worker",
 ]
@@ -43,35 +39,6 @@ AUGMENT = {
     "mild": dict(scale=(0.6, 1.0), ratio=(0.9, 1.1), color_jitter=None),
     "standard": dict(),  # timm's own: random resized crop, horizontal flip, colour jitter
 }
-
-
-def read_image(source: str | Path | bytes | Image.Image, mode: str = "RGB") -> Image.Image:
-    """Read an image of any kind as 8-bit `mode` ("RGB" or "L"), upright.
-
-    EXIF orientation is applied, 16-bit images are scaled to 8 bits rather than clipped, transparent parts become white,
-    and of an animation or a multi-page file the first picture counts.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: not a readable image.
-    """
-    image = source if isinstance(source, Image.Image) else None
-    if image is None:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    image.load()
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: PIL's own conversion clips at 255
-        values = np.asarray(image, dtype=np.float64)
-        top = values.max(initial=0.0)
-        full = 1.0 if image.mode == "F" and top <= 1 else 255.0 if top <= 255 else 65535.0
-        full = 65535.0 if image.mode.startswith("I;16") else max(full, top if top > 65535 else full)
-        image = Image.fromarray(np.clip(np.round(values * (255.0 / full)), 0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert(mode)
-
-
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 def data_config(

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError, one_line, require
-from .loading import UNREADABLE, build_transform, read_image, seeded, start_worker
-from .sources import SPLITS, Images, Samples, is_held_out, parse_val_split
+from .images import SPLITS, Images, Samples, is_held_out, parse_val_split
+from .loading import build_transform, seeded, start_worker
+from .reading import UNREADABLE, read_image
 from .tables import choose_columns
 
 __all__ = ["StreamedImages", "find_stream", "in_turns", "load_place", "make_stream_loader", "place"]

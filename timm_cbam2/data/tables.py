@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 from ..errors import UserError, one_line, require
-from .sources import SPLITS, Images, Samples
+from .images import SPLITS, Images, Samples
 
 __all__ = ["RowSamples", "choose_columns", "from_tables"]
 

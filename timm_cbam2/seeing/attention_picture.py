@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 
 from .figures import plain, save_figure
-
-if TYPE_CHECKING:
-    from .explain import BlockView, Explanation
+from .views import BlockView, Explanation
 
 __all__ = [
     "BRANCH_COLOURS",

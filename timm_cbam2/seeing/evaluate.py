@@ -11,8 +11,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from ..data.images import Images
 from ..data.loading import ImageDataset, data_config, make_loader
-from ..data.sources import Images, find_images, images_of_run
+from ..data.sources import find_images, images_of_run
 from ..errors import UserError, require
 from ..files import write_whole
 from ..hub.zoo import class_names, load, resolve, run_settings, whole_name

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any, Sequence
@@ -16,7 +15,8 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from ..data.loading import UNREADABLE, build_transform, data_config, read_image
+from ..data.loading import build_transform, data_config
+from ..data.reading import UNREADABLE, read_image
 from ..data.sources import EXTENSIONS
 from ..errors import UserError, one_line, require
 from ..files import write_whole
@@ -24,6 +24,7 @@ from ..hub.zoo import check_classifier, class_names, load
 from ..models.cbam2 import Cbam2, CbamAttention, record_attention
 from .attention_picture import draw
 from .health import branch_names
+from .views import BlockView, Explanation
 
 __all__ = ["BlockView", "Explainer", "Explanation", "explain", "write_arrays"]
 
@@ -40,40 +41,6 @@ body{{font-family:system-ui,sans-serif;margin:1rem;color:#222}}figure{{margin:0 
 """
 FIGURE = """<figure><figcaption><b>{name}</b>: {answers} (<a href="{arrays}">arrays</a>)</figcaption>
 <a href="{picture}"><img src="{picture}" alt="attention on {name}" loading="lazy"></a></figure>"""
-
-
-@dataclass(frozen=True)
-class BlockView:
-    """What one block decided for one image, and what it is made of."""
-
-    name: str
-    stage: str
-    attention: CbamAttention  # of a batch of one
-    branches: tuple[str, ...]  # what each router weight is for, such as "5x5"
-    fusion: np.ndarray | None  # (2,) shares of average and maximum; None where they are added
-    temperatures: tuple[float, float]  # of the channel and of the spatial gate
-    neutral: float  # the mask value that changes nothing, or the middle of the gate's range
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """One image as the model saw it, what the model answers, and what each of its blocks decided."""
-
-    model: str
-    pixels: np.ndarray  # (H, W, 3) in [0, 1], after the model's own resizing and cropping
-    answers: list[tuple[str, float]]  # the five best classes and their probabilities
-    blocks: list[BlockView]
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Everything as plain arrays, named `<block>/<field>`."""
-        out = {"pixels": self.pixels, "probabilities": np.array([p for _, p in self.answers])}
-        out["classes"] = np.array([name for name, _ in self.answers])
-        for block in self.blocks:
-            for field, value in block.attention._asdict().items():
-                if value is not None:
-                    out[f"{block.name}/{field}"] = value[0].float().cpu().numpy()
-            out[f"{block.name}/temperatures"] = np.array(block.temperatures)
-        return out
 
 
 def _view(name: str, block: Cbam2, attention: CbamAttention) -> BlockView:

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ..models.cbam2 import CbamAttention, is_cbam2, record_attention
 
-__all__ = ["branch_names", "measure", "tracked"]
+__all__ = ["branch_names", "measure"]
 
-IMAGES = 32  # enough to see a spread, few enough to cost little
 NEAR = 0.02  # a mask value this near to its gate's ends, as a share of the range, passes hardly any gradient
 RANGE = {"sigmoid": 1.0, "hard_sigmoid": 1.0, "unit_sigmoid": 2.0}
 COLLAPSED, SATURATED = 0.05, 0.5  # entropy below, share above which there is a warning
@@ -43,15 +42,6 @@ def measure(network: nn.Module, images: Tensor) -> dict[str, Any] | None:
     network.train(training)
     blocks = {name: _block(modules[name], seen) for name, seen in records.items()}
     return {"blocks": blocks, "warnings": [text for name, block in blocks.items() for text in _warnings(name, block)]}
-
-
-def tracked(row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row of metrics.jsonl, those of its "health" as `health/BLOCK/NAME`, as trackers take them."""
-    numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-    for block, found in (row["health"] or {"blocks": {}})["blocks"].items():
-        numbers |= {f"health/{block}/{name}": v for name, v in found.items() if isinstance(v, (int, float))}
-        numbers |= {f"health/{block}/temperature_{k}": t for k, t in zip(("channel", "spatial"), found["temperatures"])}
-    return numbers
 
 
 def branch_names(block: nn.Module) -> list[str]:

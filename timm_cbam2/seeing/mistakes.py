@@ -11,16 +11,18 @@ from typing import Any, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from ..data.images import Samples
 from ..data.loading import ImageDataset, data_config, make_loader
-from ..data.sources import Samples, images_of_run
+from ..data.sources import images_of_run
 from ..errors import UserError
 from ..hub.zoo import class_names, load
 from ..training.predictions import Predictions
 from .attention_picture import LOWERS, NEUTRAL, RAISES, overlay, reach_of, scale_label, short_name, shown_blocks
 from .evaluate import match_classes
-from .explain import Explainer, Explanation
+from .explain import Explainer
 from .figures import confusion_picture
 from .html_parts import bytes_image, colour_scale, pixels_image, table
+from .views import Explanation
 
 __all__ = ["Seen", "confusion_part", "look", "mistakes_part"]
 

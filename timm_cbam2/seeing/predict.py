@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from ..data.loading import UNREADABLE, build_transform, data_config, read_image
+from ..data.loading import build_transform, data_config
+from ..data.reading import UNREADABLE, read_image
 from ..errors import UserError, one_line
 from ..hub.zoo import check_classifier, class_names, load
 

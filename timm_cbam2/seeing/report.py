@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import shlex
 import time
@@ -18,6 +17,7 @@ from ..errors import UserError, require
 from ..files import duration, write_whole
 from ..hub.run_folder import best_row, read_metrics
 from ..hub.zoo import run_settings
+from ..training.options import option_names
 from .attention_picture import BRANCH_COLOURS, FUSION_COLOURS
 from .figures import draw_accuracy, draw_loss, figure_bytes
 from .health_picture import health_panels, health_rows
@@ -178,13 +178,10 @@ def _speed(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def command(settings: Mapping[str, Any]) -> str:
     """The command line that makes the same run again, with every option that was in force."""
-    from ..training.finetune import finetune
-
-    known = inspect.signature(finetune).parameters
     words = ["timm-cbam2", "finetune"]
     if settings.get("num_processes") is None and (settings.get("processes") or 1) > 1:  # started by a launcher
         settings = {**settings, "num_processes": settings["processes"]}
-    for name in known:
+    for name in option_names():
         value = settings.get(name)
         flag = "--" + name.replace("_", "-")
         if value is None or name in OF_THE_CALL:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import UserError, one_line
 from ..files import duration
 from ..hub.card import write_card
-from ..seeing.figures import confusion_picture, curves_picture
+from .observer import observer
 
 __all__ = ["draw_curves", "finish", "push_best", "summary"]
 
@@ -21,7 +21,7 @@ SHOWN = 12  # rows of the summary table
 def draw_curves(folder: Path, settings: dict[str, Any], rows: Sequence[dict[str, Any]], name: str, count: int) -> None:
     """Draw curves.png."""
     title = f"{Path(settings['model']).name} on {name}, {count} training images"
-    curves_picture(rows, folder / "curves.png", title)
+    observer().draw_curves(rows, folder / "curves.png", title)
 
 
 def finish(
@@ -53,7 +53,7 @@ def finish(
         present = (confusion.sum(0) + confusion.sum(1) > 0).nonzero().flatten().tolist()
         kept = present if len(classes) > 60 else list(range(len(classes)))
         title = f"{data[0]}, val: {100 * best['val_accuracy']:.2f} % of {best['val_images']} images"
-        confusion_picture(confusion[kept][:, kept], [classes[i] for i in kept], folder / "confusion.png", title)
+        observer().draw_confusion(confusion[kept][:, kept], [classes[i] for i in kept], folder / "confusion.png", title)
     for name in ("best", "last"):
         write_card(folder / name)
     print(summary(rows, best))
@@ -74,12 +74,13 @@ def finish(
 
 
 def _report(folder: Path, confusion: Tensor | None) -> None:
-    from ..seeing.report import write_report  # which imports finetune
-
     try:
-        print(f"  report      {write_report(folder, seconds=5, confusion=confusion)}")
+        path = observer().report(folder, confusion)
     except UserError as error:  # the run itself is complete
         print(f"  no report: {one_line(error)}")
+        return
+    if path is not None:
+        print(f"  report      {path}")
 
 
 def push_best(folder: Path, repo_id: str) -> None:

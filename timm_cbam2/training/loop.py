@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import torch
-from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from ..data.images import Images
 from ..data.loading import kept_quiet, seeded
-from ..data.sources import Images
 from ..data.stream import in_turns, load_place, place
 from ..errors import Stopped
-from ..hub.folder import save
-from ..seeing.health import IMAGES, measure, tracked
-from .checkpoint import Checkpoints, Position, writing
+from .checkpoint import Checkpoints, Position
 from .finish import draw_curves, finish, push_best
-from .guards import LossWatch, StopSignal, bad_loss, check_validation
+from .guards import LossWatch, StopSignal, bad_loss
+from .measuring import measure, record, save_model
 from .optimise import keep_frozen, make_loss
-from .predictions import Predictions, predict_all
 from .progress import MetricsFile, Progress
 from .settings import save_interval
 
@@ -47,6 +44,8 @@ class Run:
     config: dict[str, Any]  # preprocessing of the finished model
     info: dict[str, Any]  # goes into checkpoint.json, to be compared on resuming
     trained: tuple[int, int]  # numbers of parameters, those that are trained and all
+    notes: list[str]  # what a person should know of how it begins
+    side: tuple[int, ...]  # pixels (H, W) to train on
     blueprint: nn.Module | None = None  # a whole copy to save, where the model is sharded
     at: Position = field(default_factory=Position)
 
@@ -115,6 +114,16 @@ class Run:
     # -- the run
 
     @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps of an epoch."""
+        return -(-self.batches // self.settings["accumulate"])
+
+    def lr(self) -> float:
+        """The learning rate in force, without the scale of any layer."""
+        group = self.optimizer.param_groups[0]
+        return group["lr"] / group.get("lr_scale", 1.0)
+
+    @property
     def over(self) -> bool:
         """Whether there is nothing left to train."""
         patience = self.settings["patience"]
@@ -139,8 +148,8 @@ class Run:
             try:
                 while not self.over:
                     self._epoch()
-                    row = self._measure()
-                    self._record(row)
+                    row = measure(self)
+                    record(self, row)
                     at.epoch, at.batch, at.sums = at.epoch + 1, 0, None
                     if (
                         self.over
@@ -215,11 +224,11 @@ class Run:
                     self.sums
                 )
             self.sums += batch
-            self.watch.add(at.epoch, at.updates + 1, self._lr(), loss, indices)
+            self.watch.add(at.epoch, at.updates + 1, self.lr(), loss, indices)
             self.progress.step(len(labels) * accelerator.num_processes, batch)
             if accelerator.sync_gradients:
                 self._updated()
-        self._look()
+        self.look()
         self.seconds, self.speed = time.monotonic() - began, self.progress.speed() if at.batch > first else 0.0
 
     def _batches(self) -> Iterator[Any]:
@@ -245,13 +254,13 @@ class Run:
             self.ema.update(self.model, step=at.updates)
         due = self.save_unit == "steps" and self.save_every and at.updates % self.save_every == 0
         if at.updates % self.look_every == 0 or due:
-            stop = self._look()
+            stop = self.look()
             if stop or due:
                 self.checkpoint()
             if stop:
-                self._stop()
+                self.stop_here()
 
-    def _look(self) -> bool:
+    def look(self) -> bool:
         """Whether any process was told to stop; raises when the loss of any is not finite."""
         self.found_bad = self.found_bad or self.watch.look()
         stop, bad = self.stop.name is not None, self.found_bad is not None
@@ -265,125 +274,19 @@ class Run:
                 from accelerate.utils import gather_object
 
                 found = next(f for f in gather_object([found]) if f is not None)
-            raise bad_loss(found, self.folder, self._newest(), accelerator.is_main_process)
+            raise bad_loss(found, self.folder, self.newest(), accelerator.is_main_process)
         return stop
 
-    def _newest(self) -> str:
+    def newest(self) -> str:
+        """Where the newest checkpoint is, for a person."""
         return str(next(iter(self.checkpoints.all()), None) or "none yet")
 
-    def _stop(self) -> None:
+    def stop_here(self) -> None:
         """Leave after a signal; the checkpoint has been written."""
-        self._save("last")
+        save_model(self, "last")
         best = f"; best model so far in {self.folder / 'best'}" if self.at.best else ""
         raise Stopped(
             f"stopped by {self.stop.name or 'a signal'} in epoch {self.at.epoch} after {self.at.updates} steps: all is "
             f"saved, go on with  timm-cbam2 finetune --resume {shlex.quote(str(self.folder))}  (the model as it is now "
             f"is in {self.folder / 'last'}{best})"
         )
-
-    # -- measuring
-
-    def _measure(self) -> dict[str, Any]:
-        """The row of this epoch; a signal meanwhile ends the run as the epoch's last step left it."""
-        accelerator, at = self.accelerator, self.at
-        loss, hits, count = accelerator.reduce(self.sums).tolist()
-        raw = self._predict(self.network)
-        found = raw
-        if self.ema is not None:
-            for buffer in self.ema.module.buffers():  # each process averaged the statistics of its own batches
-                broadcast(buffer)
-            found = self._predict(self.ema.module)
-        check_validation((found.loss, raw.loss), at.epoch, self._lr(), self._newest())
-        self.confusion = found.confusion(len(self.images.classes)).to(torch.int32)
-        row = {
-            "epoch": at.epoch,
-            "step": at.updates,
-            "lr": self._lr(),
-            "train_loss": loss / max(count, 1),
-            "train_accuracy": hits / max(count, 1),
-            "val_loss": found.loss.double().mean().item(),
-            "val_accuracy": found.accuracy(),
-            "val_top5": found.accuracy(5),
-            "val_images": len(found.labels),
-        }
-        if self.ema is not None:  # val_… are those of the average, which is what is saved as a model
-            row |= {"raw_val_loss": raw.loss.double().mean().item(), "raw_val_accuracy": raw.accuracy()}
-        row |= {
-            "bad_images": {split: self._bad(part) for split, part in self.parts.items()},
-            "health": measure(self.model if self.ema is None else self.ema.module, self._probe()),
-            "images_per_second": round(self.speed, 1),
-            "seconds": round(self.seconds, 2),
-        }
-        return row
-
-    def _predict(self, model: nn.Module) -> Predictions:
-        found = predict_all(self.accelerator, model, self.val_loader, stop=self._look)
-        if found is None:
-            self.checkpoint()
-            self._stop()
-        return found
-
-    def _probe(self) -> Tensor:
-        """A few validation images, spread over the split, the same at every evaluation."""
-        if self.probe is None:
-            if self.settings["streaming"]:
-                images = next(iter(self.val_loader))[0][:IMAGES]
-            else:
-                part = self.parts["val"]
-                chosen = torch.linspace(0, len(part) - 1, min(IMAGES, len(part))).long().unique().tolist()
-                images = torch.stack([part[index][0] for index in chosen])
-            self.probe = images.to(self.accelerator.device)
-        return self.probe
-
-    def _bad(self, part: Any) -> int:
-        bad = self.accelerator.reduce(part.bad.to(self.accelerator.device, torch.int32))
-        return int(bad.sum() if self.settings["streaming"] else bad.gt(0).sum())
-
-    def _lr(self) -> float:
-        group = self.optimizer.param_groups[0]
-        return group["lr"] / group.get("lr_scale", 1.0)
-
-    def _record(self, row: dict[str, Any]) -> None:
-        """Keep the best model, write and show the row."""
-        at = self.at
-        rank = (row["val_accuracy"], -row["val_loss"])
-        better = at.best is None or rank > (at.best["val_accuracy"], -at.best["val_loss"])
-        if better:
-            at.best, at.waited, at.confusion = row, 0, self.confusion
-            self._save("best")
-        else:
-            at.waited += 1
-        self._save("last")
-        if self.accelerator.is_main_process:
-            with writing(self.metrics.path):
-                self.metrics.append(row)
-        else:
-            self.metrics.rows.append(row)
-        at.rows = list(self.metrics.rows)
-        if self.settings["track"]:
-            self.accelerator.log(tracked(row), step=row["step"])
-        bad = sum(row["bad_images"].values())
-        self.progress.say(
-            f"epoch {row['epoch']:>3}/{self.settings['epochs']}  train loss {row['train_loss']:.3f} "
-            f"accuracy {100 * row['train_accuracy']:.1f} %  validation loss {row['val_loss']:.3f} "
-            f"accuracy {100 * row['val_accuracy']:.2f} %{' *' if better else '  '} "
-            f"{row['images_per_second']:.0f} images/s" + (f"  {bad} unreadable images left out" if bad else "")
-        )
-        for text in (row["health"] or {}).get("warnings", ()):
-            if text not in self.warned and len(self.warned) < 20:
-                self.progress.say(f"  attention: {text}")
-            self.warned.add(text)
-
-    def _save(self, name: str) -> None:
-        """Write a model folder that both doors open."""
-        accelerator = self.accelerator
-        model = self.network if self.ema is None else self.ema.module
-        if self.blueprint is not None:
-            state = accelerator.get_state_dict(self.network)
-            if accelerator.is_main_process:
-                self.blueprint.load_state_dict(state)
-            model = self.blueprint
-        if not accelerator.is_main_process:
-            return
-        with writing(self.folder / name):
-            save(model, self.folder / name, label_names=self.images.classes, data_config=self.config)

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ..data.cached import CachedImages
+from ..data.images import Images
 from ..data.loading import ImageDataset, data_config, make_loader
-from ..data.sources import Images, images_of_run
+from ..data.sources import images_of_run
 from ..data.stream import StreamedImages, find_stream, make_stream_loader
 from ..errors import UserError, one_line
 from ..hub.zoo import class_names, load, pretrained_tags, resolve

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files import duration
 
-__all__ = ["MetricsFile", "Progress"]
+__all__ = ["MetricsFile", "Progress", "tracked"]
 
 
 class Progress:
@@ -105,3 +105,12 @@ class MetricsFile:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def tracked(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row of metrics.jsonl, those of its "health" as `health/BLOCK/NAME`, as trackers take them."""
+    numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
+    for block, found in (row["health"] or {"blocks": {}})["blocks"].items():
+        numbers |= {f"health/{block}/{name}": v for name, v in found.items() if isinstance(v, (int, float))}
+        numbers |= {f"health/{block}/temperature_{k}": t for k, t in zip(("channel", "spatial"), found["temperatures"])}
+    return numbers

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import ast
 import difflib
-import inspect
 import math
 import re
 from pathlib import Path
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
-import typer
 from timm.optim import list_optimizers
 
+from ..data.images import parse_val_split
 from ..data.loading import AUGMENT
-from ..data.sources import parse_val_split
 from ..errors import UserError, one_line
-from ..hub.run_folder import read_settings
 from ..models.options_cbam2 import complete_options
+from .options import Options
 
-__all__ = ["apply_recipe", "apply_resume", "check_options", "read_recipe", "save_interval"]
+__all__ = ["check_options", "parse_pairs", "resolved_text", "save_interval"]
 
-RECIPES = Path(__file__).with_name("recipes")
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 TRAIN = ("all", "attention", "attention+head", "head")
 PRECISIONS = ("no", "fp16", "bf16")
@@ -100,6 +97,23 @@ def check_options(settings: dict[str, Any]) -> None:
     Raises:
         UserError: says what was given and what is allowed.
     """
+    _check_choices(settings)
+    for option in ("data", "model"):
+        if not str(settings[option]).strip():
+            raise UserError(f"{_flag(option)} is empty: give one, or leave it out")
+    _check_pairs(settings)
+    _check_numbers(settings)
+    save_interval(settings["save_every"])
+    parse_val_split(settings["val_split"])
+    _check_together(settings)
+    resume, output = settings["resume"], settings["output"]
+    if resume == "auto" and output is None:
+        raise UserError("--resume auto needs to know the run: give its folder with --output, or as --resume FOLDER")
+    if resume not in (None, "auto") and output is not None and _place(resume) != _place(output):
+        raise UserError(f"--resume {resume} goes on in that folder: leave --output {output} out")
+
+
+def _check_choices(settings: Mapping[str, Any]) -> None:
     choices = {"opt": list_optimizers(), "sched": SCHEDULES, "augment": ("auto", *AUGMENT), "train": TRAIN}
     if settings["mixed_precision"] is not None:
         choices["mixed_precision"] = PRECISIONS
@@ -110,9 +124,10 @@ def check_options(settings: dict[str, Any]) -> None:
             raise UserError(
                 f"{_flag(option)} {value} is unknown; " + (f"try {', '.join(near)}" if near else "see timm.optim")
             )
-    for option in ("data", "model"):
-        if not str(settings[option]).strip():
-            raise UserError(f"{_flag(option)} is empty: give one, or leave it out")
+
+
+def _check_pairs(settings: dict[str, Any]) -> None:
+    """Parse the options written KEY=VALUE, in place."""
     for option in PAIRS:
         settings[option] = parse_pairs(option, settings[option])
     for key in settings["model_kwargs"]:
@@ -125,6 +140,9 @@ def check_options(settings: dict[str, Any]) -> None:
             complete_options(settings["cbam2"], _cbam2_defaults())
         except ValueError as error:
             raise UserError(f"--cbam2: {one_line(error)}") from error
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
     if settings["lr"] is not None and not 0 < settings["lr"] < math.inf:
         raise UserError(f"--lr {settings['lr']:g} is not a learning rate: give a number above 0, such as 1e-3")
     if settings["lr"] is None and settings["opt"] != "adamw":
@@ -133,10 +151,12 @@ def check_options(settings: dict[str, Any]) -> None:
         value = settings[option]
         if value is not None and not fits(value):
             raise UserError(f"{_flag(option)} {value:g} makes no sense: give {allowed}")
+
+
+def _check_together(settings: Mapping[str, Any]) -> None:
+    """Options that do not go with each other."""
     if settings["bce_target_threshold"] is not None and not settings["bce"]:
         raise UserError("--bce-target-threshold is a threshold of --bce: give that too, or leave it out")
-    save_interval(settings["save_every"])
-    parse_val_split(settings["val_split"])
     mixing = settings["mixup"] > 0 or settings["cutmix"] > 0
     if mixing and settings["batch_size"] % 2:
         raise UserError(
@@ -148,11 +168,6 @@ def check_options(settings: dict[str, Any]) -> None:
                 raise UserError(f"--cache-images crops and mirrors only: it does not go with {_flag(option)}")
     if settings["streaming"] and settings["aug_repeats"] > 1:
         raise UserError("--aug-repeats needs to know the images by number: it does not go with --streaming")
-    resume, output = settings["resume"], settings["output"]
-    if resume == "auto" and output is None:
-        raise UserError("--resume auto needs to know the run: give its folder with --output, or as --resume FOLDER")
-    if resume not in (None, "auto") and output is not None and _place(resume) != _place(output):
-        raise UserError(f"--resume {resume} goes on in that folder: leave --output {output} out")
 
 
 def _place(folder: str | Path) -> Path:
@@ -165,113 +180,9 @@ def _cbam2_defaults() -> dict[str, Any]:
     return resolve_options()
 
 
-def read_recipe(name: str | Path, allowed: Sequence[str] | None = None) -> dict[str, Any]:
-    """The options that a recipe sets, as keyword arguments of `finetune`: `finetune(**read_recipe("finetune"), …)`.
-
-    Args:
-        name: one of those in timm_cbam2/training/recipes, or a YAML file.
-        allowed: the names that options may have; those of `finetune`.
-
-    Raises:
-        UserError: no such recipe, not YAML, or a key that is no option; the nearest is given.
-    """
-    import yaml
-
-    if allowed is None:
-        from .finetune import finetune
-
-        allowed = list(inspect.signature(finetune).parameters)
-    path = Path(name).expanduser()
-    if not path.suffix:
-        path = RECIPES / f"{name}.yaml"
-        if not path.is_file():
-            known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-            near = difflib.get_close_matches(str(name), known, 1, 0.4)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UserError(f"--recipe {name}: {hint}there are {', '.join(known)}, or give a .yaml file")
-    try:
-        options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--recipe {name} cannot be read: {one_line(error, 200)}") from error
-    if not isinstance(options, dict):
-        raise UserError(f"--recipe {name} holds no options: write one 'epochs: 10' per line")
-    renamed = {str(key).replace("-", "_"): value for key, value in options.items()}
-    for key in renamed:
-        if key not in allowed or key in ("recipe", "resume"):
-            near = difflib.get_close_matches(key, allowed, 1, 0.4)
-            hint = f"did you mean {near[0]}?" if near else f"options are {', '.join(allowed)}"
-            raise UserError(f"--recipe {name}: {key} is not an option; {hint}")
-    return renamed
-
-
-def list_recipes() -> str:
-    """A table of the recipes and the Accelerate configurations in the package, with the first line of each."""
-    lines = []
-    for title, folder, option in (
-        ("recipes, for --recipe NAME", RECIPES, "stem"),
-        (
-            "Accelerate configurations, for accelerate launch --config_file FILE -m timm_cbam2.finetune",
-            RECIPES / "accelerate",
-            "name",
-        ),
-    ):
-        lines.append(f"{title} (in {folder}):")
-        for path in sorted(folder.glob("*.yaml")):
-            first = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
-            lines.append(f"  {getattr(path, option):<20} {first}")
-    return "\n".join(lines)
-
-
-def _as_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as click wants them in a default map."""
-    defaults = {}
-    for key, value in options.items():
-        if isinstance(value, Mapping):
-            value = [f"{k}={v!r}" for k, v in value.items()]
-        defaults[key] = value
-    return defaults
-
-
-def _remember(context: typer.Context, options: Mapping[str, Any]) -> None:
-    """Make `options` the defaults of this command, so that what is typed overrides them."""
-    context.default_map = {**(context.default_map or {}), **_as_defaults(options)}
-
-
-def _options_of(context: typer.Context) -> list[str]:
-    return [parameter.name for parameter in context.command.params]
-
-
-class Applied(str):
-    """The name of a recipe whose options have become the defaults of the command."""
-
-
-def apply_recipe(context: typer.Context, name: str | None) -> str | None:
-    """Callback of --recipe."""
-    if name is None or context.resilient_parsing:
-        return name
-    if name == "list":
-        print(list_recipes())
-        raise typer.Exit
-    _remember(context, read_recipe(name, _options_of(context)))
-    return Applied(name)
-
-
-def apply_resume(context: typer.Context, where: str | None) -> str | None:
-    """Callback of --resume: a run folder brings its own settings along."""
-    if where is None or where == "auto" or context.resilient_parsing:
-        return where
-    settings = read_settings(Path(where).expanduser())
-    if settings is None:
-        raise UserError(f"--resume {where} is no run folder (it has no run.json): give one, or auto")
-    options = {name: settings[name] for name in _options_of(context) if name in settings}
-    options = {k: v for k, v in options.items() if k not in ("recipe", "resume") and v is not None}
-    _remember(context, options | {"output": str(Path(where).expanduser())})
-    return where
-
-
-def resolved_text(settings: Mapping[str, Any], function: Callable[..., Any]) -> str:
+def resolved_text(settings: Mapping[str, Any]) -> str:
     """The settings that differ from the defaults, on one line."""
-    defaults = {name: p.default for name, p in inspect.signature(function).parameters.items()}
+    defaults = vars(Options())
     parts = []
     for name, value in settings.items():
         if name in ("recipe", "resume", "output") or name not in defaults:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Iterator, Sequence
@@ -173,9 +172,9 @@ def _question(path: Path, name: str, given: dict[str, Any], variants: dict[str, 
 
 
 def _finetune_options() -> list[str]:
-    from ...training.finetune import finetune
+    from ...training.options import option_names
 
-    return [name for name in inspect.signature(finetune).parameters if name not in RUNNER]
+    return [name for name in option_names() if name not in RUNNER]
 
 
 def _known(path: Path, where: str, given: Any, allowed: Any) -> None:

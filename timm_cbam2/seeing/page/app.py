@@ -30,9 +30,10 @@ from timm_cbam2.seeing.attention_picture import (
     short_name,
     shown_blocks,
 )
-from timm_cbam2.seeing.explain import Explanation, write_arrays
+from timm_cbam2.seeing.explain import write_arrays
 from timm_cbam2.seeing.html_parts import BARS_STYLE, colour_scale, pixels_image, stacked_bars
 from timm_cbam2.seeing.page.served import MAX_BYTES, Models, check_image  # absolute: on a Space this file is no module
+from timm_cbam2.seeing.views import Explanation
 
 __all__ = ["app", "build"]
 

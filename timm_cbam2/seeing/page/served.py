@@ -14,11 +14,12 @@ from huggingface_hub import HfApi
 from PIL import Image
 from timm.models import get_arch_name
 
-from ...data.loading import UNREADABLE
+from ...data.reading import UNREADABLE
 from ...errors import UserError
 from ...hub.push import explained, pull
 from ...hub.zoo import load, names, row, suggest
-from ..explain import Explainer, Explanation
+from ..explain import Explainer
+from ..views import Explanation
 
 __all__ = ["MAX_BYTES", "MAX_PIXELS", "Models", "check_image"]
 

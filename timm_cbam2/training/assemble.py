@@ -1,0 +1,88 @@
+"""All that a run consists of, made from its options: network, optimizer, data, and what its checkpoints tell of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from ..data.images import Images
+from ..errors import UserError
+from . import prepare
+from .loop import Run
+from .optimise import freeze, make_optimizer, make_schedule
+from .settings import OF_THE_CALL
+
+__all__ = ["assemble"]
+
+
+def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder: Path) -> Run:
+    """A run that is ready to train or to be resumed; `settings` are completed in place.
+
+    Raises:
+        UserError: model, data and options do not go together.
+    """
+    settings["mixed_precision"] = accelerator.mixed_precision
+    process = accelerator.process_index, accelerator.num_processes
+    network, pretrained, notes = prepare.build(settings, images)
+    prepare.complete(settings, images, pretrained)
+    config, val_config = prepare.make_configs(settings, images, network)
+    parts = prepare.make_datasets(settings, images, config, val_config, process)
+    train_loader, val_loader = prepare.make_loaders(settings, parts, process[1])
+    trainable = freeze(network, settings["train"])
+    network = prepare.use_sync_bn(settings, network, accelerator).to(accelerator.device)
+    if settings["channels_last"]:
+        network = network.to(memory_format=torch.channels_last)
+    parameters = sum(p.numel() for p in network.parameters())
+    optimizer = make_optimizer(network, settings)
+    blueprint = prepare.whole_copy(network, accelerator)
+    average = _average(network, settings, blueprint is not None)
+    if settings["compile"]:
+        network.compile()
+    network, optimizer = accelerator.prepare(network, optimizer)
+    if not settings["streaming"]:
+        train_loader, val_loader = accelerator.prepare(train_loader, val_loader)
+    run = Run(
+        accelerator=accelerator,
+        network=network,
+        ema=average,
+        optimizer=optimizer,
+        scheduler=None,
+        train_loader=train_loader,
+        val_loader=val_loader,
+        parts=parts,
+        folder=folder,
+        settings=settings,
+        images=images,
+        config=val_config,
+        info=_compared(settings, images, process[1]),
+        trained=(trainable, parameters),
+        notes=notes,
+        side=tuple(config["input_size"][1:]),
+        blueprint=blueprint,
+    )
+    run.scheduler = make_schedule(optimizer, settings, run.updates_per_epoch)
+    return run
+
+
+def _average(network: nn.Module, settings: dict[str, Any], divided: bool) -> ModelEmaV3 | None:
+    if settings["ema"] is None:
+        return None
+    if divided:
+        raise UserError("--ema needs the whole model in each process, which FSDP and DeepSpeed divide: leave it out")
+    return ModelEmaV3(network, decay=settings["ema"], use_warmup=True)
+
+
+def _compared(settings: dict[str, Any], images: Images, processes: int) -> dict[str, Any]:
+    """What goes into checkpoint.json, to be compared on resuming."""
+    training = {k: v for k, v in settings.items() if k not in OF_THE_CALL}
+    return {
+        "settings": json.loads(json.dumps(training, default=str)),
+        "data": prepare.fingerprint(images),
+        "processes": processes,
+        "versions": prepare.versions(),
+    }
