@@ -1,4 +1,4 @@
-"""Where labelled images come from: image folders, scikit-learn's digits, and tables (see tables.py)."""
+"""Where labelled images come from: image folders, tables (tables.py), and what is made on the spot (built_in.py)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import re
 from pathlib import Path
 from typing import Any, Mapping
 
-from ..errors import UserError, require
-from .images import SPLITS, ArraySamples, Images, Samples
+from ..errors import UserError
+from .built_in import BUILT_IN, made
+from .images import SPLITS, Images, Samples
 from .tables import from_tables
 
 __all__ = ["check_apart", "find_images", "images_of_run"]
@@ -33,7 +34,7 @@ def images_of_run(
 
 
 def find_images(data: str, image_column: str | None = None, label_column: str | None = None) -> Images:
-    """Read `data`: "digits", an image folder, a parquet/arrow file or folder, or a Hub data set "owner/name".
+    """Read `data`: an image folder, a parquet/arrow file or folder, a Hub data set "owner/name", "digits" or "clutter".
 
     An image folder holds one folder per class, either directly or below train/, val/ and test/.
 
@@ -46,33 +47,19 @@ def find_images(data: str, image_column: str | None = None, label_column: str | 
             images = from_tables(data, path, image_column, label_column)
         else:
             images = _from_folder(path)
-    elif data == "digits":
-        images = _digits()
+    elif data in BUILT_IN:
+        images = made(data)
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", data) and not os.path.exists(path.parent):
         images = from_tables(data, None, image_column, label_column)
     else:
         raise UserError(
             f"--data {data}: no such folder or file; give a folder with one folder of images per class, "
-            "a parquet or arrow file or folder, a Hub data set written owner/name, or digits"
+            "a parquet or arrow file or folder, a Hub data set written owner/name, digits, or clutter"
         )
     if len(images.classes) < 2:
         only = f"only one class, '{images.classes[0]}'" if images.classes else "no class"
         raise UserError(f"--data {data} has {only}: a classifier needs at least two, each in its own folder")
     return images
-
-
-def _digits() -> Images:
-    """scikit-learn's 1,797 handwritten digits, 8x8 scans with 17 grey levels; a fifth of each class is held out."""
-    require("sklearn")
-    import numpy as np
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8)
-    samples = ArraySamples(list(pixels), digits.target.tolist())
-    images = Images("digits", [str(n) for n in digits.target_names], {"all": samples}).with_val(0.2)
-    # A digit fills its scan: cropping the border or mirroring it would change what it says.
-    return Images("digits", images.classes, images.splits, [], {"crop_pct": 1.0}, augment="light")
 
 
 def _subfolders(folder: Path) -> list[Path]:
@@ -136,7 +123,7 @@ def check_apart(output: Path, data: str) -> None:
     """
     root = Path(data).expanduser().resolve()
     output = output.resolve()
-    if data == "digits" or not os.path.isdir(root) or root not in (output, *output.parents):
+    if data in BUILT_IN or not os.path.isdir(root) or root not in (output, *output.parents):
         return
     of_splits = {name for names in SPLITS.values() for name in names}
     has_splits = any(child.name.lower() in (*SPLITS["train"], *SPLITS["val"]) for child in _subfolders(root))

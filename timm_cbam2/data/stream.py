@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError, one_line, require
+from .built_in import BUILT_IN
 from .images import SPLITS, Images, Samples, is_held_out, parse_val_split
 from .loading import build_transform, seeded, start_worker
 from .reading import UNREADABLE, read_image
@@ -46,9 +47,9 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
     require("datasets")
     import datasets
 
-    if data == "digits":
+    if data in BUILT_IN:
         raise UserError(
-            "--streaming: the digits lie in memory; give --data a folder of parquet files or a Hub data set"
+            f"--streaming: the {data} lie in memory; give --data a folder of parquet files or a Hub data set"
         )
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     share, last = parse_val_split(val_split)

@@ -79,7 +79,7 @@ def evaluate(
     run = run_settings(model)
     resolve(model)  # a misspelt model is said before the data are read
     if data is None and run is None:
-        raise UserError(f"{model} is not a run, so say what to measure it on: --data FOLDER, a data set, or digits")
+        raise UserError(f"{model} is not a run, so say what to measure on: --data FOLDER, a data set, digits, clutter")
     own = run is not None and (data is None or data == run["data"] or _same_folder(data, run["data"]))
     settings = run if own else {}
     if own:

@@ -28,7 +28,9 @@ def _option(panel: str, help: str, *flags: str, **more: Any) -> Any:
 class Options:
     """One field an option; `--batch-size` on the command line is `batch_size` in Python."""
 
-    data: Annotated[str, _option(DATA, "Image folder, parquet/arrow, Hub data set owner/name, or digits.")] = "digits"
+    data: Annotated[str, _option(DATA, "Image folder, parquet/arrow, Hub set owner/name, digits or clutter.")] = (
+        "digits"
+    )
     model: Annotated[str, _option(MODEL, "Registered name, run or model folder, or hf-hub: id.")] = "resnet20_cbam2"
     pretrained: Annotated[
         bool | None,
@@ -90,7 +92,7 @@ class Options:
     streaming: Annotated[
         bool, _option(DATA, "Read as used: sets larger than the disk.", "--streaming/--no-streaming")
     ] = False
-    workers: Annotated[int | None, _option(DATA, "Processes that read images; none for digits.", min=0)] = None
+    workers: Annotated[int | None, _option(DATA, "Processes that read images; none for digits, clutter.", min=0)] = None
     seed: Annotated[int, _option(OPTIM, "Of the weights, the order and the augmentation.", min=0, max=2**31 - 1)] = 0
     recipe: Annotated[
         str | None,

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from ..data.built_in import BUILT_IN
 from ..data.cached import CachedImages
 from ..data.images import Images
 from ..data.loading import ImageDataset, data_config, make_loader
@@ -78,7 +79,7 @@ def complete(settings: dict[str, Any], images: Images, pretrained: bool) -> None
     if settings["augment"] == "auto":
         settings["augment"] = images.augment
     if settings["workers"] is None:
-        in_memory = settings["data"] == "digits" or settings["cache_images"]
+        in_memory = settings["data"] in BUILT_IN or settings["cache_images"]
         share = usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         settings["workers"] = 0 if in_memory else max(1, min(share, 8))
 

@@ -105,7 +105,7 @@ def routing(
     """
     settings = run_settings(model) or {}
     if data is None and "data" not in settings:
-        raise UserError(f"{model} is not a run, so say what to measure it on: --data FOLDER, a data set, or digits")
+        raise UserError(f"{model} is not a run, so say what to measure on: --data FOLDER, a data set, digits, clutter")
     images = images_of_run(settings if data is None else {**settings, "data": data}, val_split=val_split)
     network = load(model)
     if not any(is_cbam2(module) for module in network.modules()):
