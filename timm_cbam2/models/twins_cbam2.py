@@ -27,6 +27,7 @@ from .cbam2 import Cbam2
 __all__ = [
     "attended_stages",
     "build_twin",
+    "entrypoint_arguments",
     "register_once",
     "require_safetensors",
     "reset_attention",
@@ -68,6 +69,11 @@ def _rebuild(entrypoint: Callable, helper: str, create: Callable) -> FunctionTyp
     return FunctionType(entrypoint.__code__, scope, entrypoint.__name__, entrypoint.__defaults__)
 
 
+def entrypoint_arguments(entrypoint: Callable, helper: str) -> Dict[str, Any]:
+    """What timm's entrypoint passes to its helper: the numbers that make the architecture."""
+    return _rebuild(entrypoint, helper, lambda variant, pretrained=False, **kwargs: kwargs)()
+
+
 def twin_entrypoints(family: ModuleType, helper: str, create: Callable) -> Iterator[Callable]:
     """One entrypoint per architecture of a timm module that does not already carry another attention layer.
 
@@ -78,7 +84,7 @@ def twin_entrypoints(family: ModuleType, helper: str, create: Callable) -> Itera
     """
     for name in list_models(module=family.__name__.rpartition(".")[2]):
         entrypoint = getattr(family, name)
-        arguments = _rebuild(entrypoint, helper, lambda variant, pretrained=False, **kwargs: kwargs)()
+        arguments = entrypoint_arguments(entrypoint, helper)
         if "attn_layer" in (arguments.get("block_args") or {}):
             continue
         twin = _rebuild(entrypoint, helper, create)
