@@ -28,7 +28,7 @@ LIBRARIES = ("torch", "torchvision", "scipy.optimize")
 LONG = (
     *("test_resume", "test_package", "test_app", "test_ablation", "test_export", "test_readme", "test_training"),
     *("test_benchmark", "test_streaming_resume", "test_models", "test_compile", "test_explain", "test_transformers"),
-    *("test_hub", "test_cbam2", "test_push_run", "test_finetune", "test_cpu_kernel", "test_warm_start"),
+    *("test_hub", "test_cbam2", "test_push_run", "test_finetune", "test_cpu_kernel", "test_warm_start", "test_insert"),
     *("test_launch_configs", "test_run_report", "test_cli", "test_fused", "test_run_options", "test_remote_code"),
     *("test_repeated", "test_evaluate_predict", "test_data", "test_checkpoints"),
 )

@@ -47,7 +47,10 @@ __all__ = [
     "SpatialAttn",
     "disable_cpu_kernel",
     "enable_cpu_kernel",
+    "insert",
+    "load_inserted",
     "record_attention",
+    "remove",
     "resolve_options",
     "save",
     "suggest",
@@ -57,6 +60,9 @@ __all__ = [
 _LAZY = {
     "disable_cpu_kernel": ".kernels.cpu",
     "enable_cpu_kernel": ".kernels.cpu",
+    "insert": ".insertion.insert",
+    "load_inserted": ".insertion.saved",
+    "remove": ".insertion.remove",
     "save": ".hub.folder",
     "suggest": ".hub.zoo",
 }

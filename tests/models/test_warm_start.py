@@ -219,3 +219,30 @@ def test_default_tags_and_licences_are_the_twins():
     cfg = timm.get_pretrained_cfg("convnextv2_tiny_cbam2.from_fcmae_ft_in1k")
     assert cfg.license == "cc-by-nc-4.0"
     assert timm_cbam2.__version__
+
+
+@every_twin
+def test_a_folder_and_a_file_of_plain_timm_start_transformers_models_and_timm_ones(name, folders, tmp_path):
+    twin, folder = folders[name]
+    x = images(TWINS[name].get("in_chans", 3))
+    with pytest.raises(ValueError, match=f"{name} has no attention, its twin is {name}_cbam2: pass warm_start=True"):
+        timm_cbam2.Cbam2ForImageClassification.from_pretrained(folder)
+    model = timm_cbam2.Cbam2ForImageClassification.from_pretrained(folder, warm_start=True)
+    assert model.config.num_labels == TWINS[name]["num_classes"] and torch.equal(model(x).logits, twin(x))
+    model.save_pretrained(tmp_path / "saved")
+    again = timm_cbam2.Cbam2ForImageClassification.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again(x).logits, twin(x))
+    other = timm_cbam2.Cbam2Model.from_pretrained(folder, warm_start=True)
+    assert torch.equal(other(x).last_hidden_state, twin.forward_features(x))
+
+    torch.save(twin.state_dict(), tmp_path / "plain.pth")
+    with pytest.warns(UserWarning, match="These weights have no attention: it stays the identity"):
+        model = timm.create_model(f"{name}_cbam2", checkpoint_path=str(tmp_path / "plain.pth"), **TWINS[name]).eval()
+    assert torch.equal(model(x), twin(x))
+    for changed, weights in (
+        (randomise(model), twin.state_dict()),  # what it has learned would be kept, unasked
+        (timm.create_model(f"{name}_cbam2", cbam2=dict(gate="sigmoid"), **TWINS[name]), twin.state_dict()),
+        (timm.create_model(f"{name}_cbam2", **TWINS[name]), dict(list(twin.state_dict().items())[1:])),
+    ):
+        with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: "):
+            changed.load_state_dict(weights)

@@ -22,6 +22,7 @@ from ..models.configuration_cbam2 import Cbam2Config, entrypoint
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
 from ..models.twins_cbam2 import WARM_START
 from .card import is_generated, write_card
+from .inserted import inserted_blocks, write_inserted
 
 __all__ = ["check_folder", "expected_shapes", "model_code", "read_config", "save", "whole", "with_auto_map"]
 
@@ -38,11 +39,14 @@ def save(
 ) -> Path:
     """Write `model` so that timm ("local-dir:FOLDER") and transformers (`AutoModel…`) give the same logits.
 
+    A network that is none of timm's, or holds blocks elsewhere than a registered model does, is written as its state
+    dict and `cbam2.json`, which says what was inserted where; `timm_cbam2.load_inserted` reads both.
+
     The folder appears in one step when it is new; in one that is there, each file is replaced in one step and the other
     files stay. A failure before that leaves what was there untouched.
 
     Args:
-        model: a timm model, also one wrapped by Accelerate, DDP or torch.compile.
+        model: a timm model or one with inserted blocks, also wrapped by Accelerate, DDP or torch.compile.
         folder: where to; parents are made.
         label_names: class names in label order.
         data_config: the preprocessing it was trained with (`timm_cbam2.data.data_config`), in place of its own.
@@ -59,14 +63,21 @@ def save(
 
     # keep_fp32_wrapper=False would take mixed precision from the model itself, and its training go on in fp32.
     model = extract_model_from_parallel(model, keep_torch_compile=False)
-    if not getattr(model, "pretrained_cfg", None):
-        raise ValueError(f"{type(model).__name__} is not a model that timm made: only those can be saved")
     if isinstance(label_names, str):
         raise ValueError(f"label_names={label_names!r} is one name: give a list of them")
-    if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f"{len(label_names)} label_names given, but the model has {model.num_classes} classes")
     if any(is_cbam2(module) and module.spatial.conv is not None for module in model.modules()):
         raise ValueError("a reparameterized model is for inference, and no library loads it: save it before")
+    if not hasattr(model, "cbam2_options") and inserted_blocks(model):
+        with whole(Path(folder)) as temporary:
+            write_inserted(model, temporary, label_names, data_config)
+        return Path(folder)
+    if not getattr(model, "pretrained_cfg", None):
+        raise ValueError(
+            f"{type(model).__name__} is not a model that timm made, and timm_cbam2.insert put nothing into it: only "
+            "those can be saved"
+        )
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(f"{len(label_names)} label_names given, but the model has {model.num_classes} classes")
     with whole(Path(folder)) as temporary:
         hook = model.register_state_dict_post_hook(_plain_tensors)
         try:

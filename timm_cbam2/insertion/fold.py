@@ -55,8 +55,8 @@ def last_layers(found: Sequence[Seat]) -> dict[str, nn.Module]:
         layer = last_layer(seat.host, seat.kind)
         if layer is None or getattr(layer, "weight", None) is None:
             raise ValueError(
-                f"{seat.block} does not come right after a norm or convolution with weights, into which a mask could be "
-                "folded; remove it with fold=False"
+                f"{seat.block} does not come right after a norm or convolution with weights, into which a mask could "
+                "be folded; remove it with fold=False"
             )
         layers[seat.block] = layer
     return layers

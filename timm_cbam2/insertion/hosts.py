@@ -1,4 +1,4 @@
-"""Which modules can hold a CBAM2 block, and where in each it sits: residual blocks of three libraries, or any output."""
+"""Which modules can hold a CBAM2 block, and where in each it sits: known residual blocks, or any module's output."""
 
 from __future__ import annotations
 

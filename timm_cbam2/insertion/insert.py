@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..models.cbam2 import Cbam2, resolve_options
-from .hosts import attach, detach, slot_of
+from .hosts import Kind, attach, detach, slot_of
 from .places import Place, Where, choose, known_channels
 from .probe import Probe, like
 from .twin import become_twin
@@ -57,7 +57,7 @@ def insert(
     places = choose(model, where, replace)
     probe = Probe(model, example)
     counts = _channels(places, channels, probe)
-    blocks = [new_block(place.host, counts[place.name], options) for place in places]
+    blocks = [new_block(place.host, place.kind, counts[place.name], options) for place in places]
     if options["gate"] != "unit_sigmoid":
         warnings.warn(
             f"gate={options['gate']!r} is not the identity at its start, so the network's outputs change; "
@@ -83,10 +83,10 @@ def insert(
     return model
 
 
-def new_block(host: nn.Module, channels: int, options: dict[str, Any]) -> Cbam2:
-    """A block for `host`, which says what it was made with."""
+def new_block(host: nn.Module, kind: Kind, channels: int, options: dict[str, Any]) -> Cbam2:
+    """A block for `host`, which says itself where it goes and what it was made with, as a saved folder does."""
     block = Cbam2(channels, **options, **like(host)).train(host.training)
-    block.inserted_options = dict(options)
+    block.inserted = dict(kind=kind.name, slot=kind.slot, channels=channels, options=dict(options))
     return block
 
 

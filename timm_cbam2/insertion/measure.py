@@ -14,7 +14,7 @@ __all__ = ["answer", "compared"]
 
 
 def answer(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
-    """What a network says of a batch, as rows (B, N), and the labels (B,) if the batch has some that it can be right about.
+    """What a network says of a batch, as rows (B, N), and the labels (B,) where the batch has some it can get right.
 
     Where it does not classify, everything it says is one row (1, N).
 

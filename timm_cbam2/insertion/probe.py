@@ -92,7 +92,7 @@ class Probe:
             self.inputs, self.searching = [inputs], False
             return [leaf for leaf in tree_leaves(plain(answer)) if torch.is_tensor(leaf)]
         raise ValueError(
-            f"{type(self.model).__name__} ran on no picture of noise ({'; '.join(problems)}); give one that it takes as "
+            f"{type(self.model).__name__} ran on no noise ({'; '.join(problems)}); give one that it takes as "
             "example=, or the numbers of channels as channels="
         )
 

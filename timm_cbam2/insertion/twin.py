@@ -58,7 +58,7 @@ def _stages(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _attended(model: nn.Module, found: Sequence[Seat]) -> list[int] | None:
-    """The stages in which every block has attention; None where some of a stage's blocks have, or a module elsewhere."""
+    """The stages whose blocks have attention; None where only some of a stage's have, or a module elsewhere has."""
     names = {seat.name for seat in found if seat.kind.name.startswith("timm.")}
     attended = []
     for number, (where, stage) in enumerate(_stages(model)):
@@ -80,7 +80,7 @@ def become_twin(model: nn.Module) -> bool:
         return False
     found = seats(model)
     architecture, attended = twin_of(cfg.get("architecture") or ""), _attended(model, found)
-    options = [getattr(seat.attention, "inserted_options", None) for seat in found]
+    options = [getattr(seat.attention, "inserted", {}).get("options") for seat in found]
     if architecture is None or attended is None or options[0] is None or any(o != options[0] for o in options):
         return False
     arguments = dict(getattr(model, "_model_args", {}))

@@ -51,6 +51,11 @@ def entrypoint(architecture: str) -> Callable[..., nn.Module]:
     for family in _FAMILIES:
         if isinstance(architecture, str) and architecture.endswith("_cbam2") and architecture in family.default_cfgs:
             return getattr(family, architecture)
+    if f"{architecture}_cbam2" in architectures():
+        raise ValueError(
+            f"{architecture} has no attention, its twin is {architecture}_cbam2: pass warm_start=True to start one "
+            "from these weights"
+        )
     close = difflib.get_close_matches(str(architecture), architectures(), 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ValueError(f"Unknown architecture {str(architecture)[:80]!r} in a cbam2 configuration{hint}")
@@ -165,6 +170,26 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
             path = Path(folder) / "config.json"
             save_config_for_hf(model, path)
             return cls.from_dict({**json.loads(path.read_text(encoding="utf-8")), **cls._resolved(model)})
+
+    @classmethod
+    def of_twin(cls, name: Any, **kwargs: Any) -> tuple["Cbam2Config", dict[str, Any]] | None:
+        """The configuration of the CBAM2 twin of a plain timm model, and those of `kwargs` that it does not take.
+
+        Args:
+            name: Folder or Hub id of a model that timm saved.
+            **kwargs: For `from_pretrained`.
+
+        Returns:
+            None where `name` is no such model.
+        """
+        of_the_hub = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+        found, _ = cls.get_config_dict(name, **{key: kwargs[key] for key in of_the_hub if key in kwargs})
+        plain = found.get("architecture")
+        if not isinstance(plain, str) or f"{plain}_cbam2" not in architectures():
+            return None
+        cfg = dict(found.get("pretrained_cfg") or {})
+        found |= {"architecture": f"{plain}_cbam2", "pretrained_cfg": {**cfg, "tag": WARM_START + cfg.get("tag", "")}}
+        return cls.from_dict(found, return_unused_kwargs=True, **kwargs)
 
     @staticmethod
     def _resolved(model: nn.Module) -> dict[str, Any]:

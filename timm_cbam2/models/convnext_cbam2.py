@@ -9,7 +9,15 @@ from timm.models import convnext as timm_convnext
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 
 from .cbam2 import Cbam2, resolve_options
-from .twins_cbam2 import Weights, attended_stages, build_twin, register_once, twin_cfgs, twin_entrypoints
+from .twins_cbam2 import (
+    TakesPlainWeights,
+    Weights,
+    attended_stages,
+    build_twin,
+    register_once,
+    twin_cfgs,
+    twin_entrypoints,
+)
 
 __all__ = ["ConvNeXtCbam2", "ConvNeXtCbam2Block"]
 
@@ -31,7 +39,7 @@ class ConvNeXtCbam2Block(ConvNeXtBlock):
         return self.drop_path(x) + self.shortcut(shortcut)
 
 
-class ConvNeXtCbam2(ConvNeXt):
+class ConvNeXtCbam2(TakesPlainWeights, ConvNeXt):
     """timm's ConvNeXt with a CBAM2 block in every residual branch."""
 
     def __init__(

@@ -130,7 +130,8 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: Folder or Hub id, saved by timm, by transformers or by `timm_cbam2.save`.
             *model_args: For transformers.
-            warm_start: Accept a file without any attention, which then starts anew (the identity, by default).
+            warm_start: Accept a file without any attention, also of a plain timm model, which then starts anew (the
+                identity, by default).
             **kwargs: For transformers.
 
         Raises:
@@ -149,6 +150,10 @@ class Cbam2PreTrainedModel(PreTrainedModel):
                 require_safetensors(name, **{key: kwargs[key] for key in wanted if kwargs.get(key)})
             except HTTPError as error:
                 raise OSError(f"The weights of {name} could not be fetched ({error}). Try again.") from error
+        if warm_start and name is not None and kwargs.get("config") is None:
+            twin = cls.config_class.of_twin(name, **kwargs)
+            if twin is not None:
+                kwargs = {**twin[1], "config": twin[0]}
         try:
             model, info = super().from_pretrained(
                 name, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs

@@ -18,7 +18,15 @@ from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, ResNet
 
 from .cbam2 import Cbam2, resolve_options
-from .twins_cbam2 import attended_stages, build_twin, register_once, reset_attention, twin_cfgs, twin_entrypoints
+from .twins_cbam2 import (
+    TakesPlainWeights,
+    attended_stages,
+    build_twin,
+    register_once,
+    reset_attention,
+    twin_cfgs,
+    twin_entrypoints,
+)
 
 __all__ = ["CifarResNet", "CifarResNetCbam2", "ResNetCbam2"]
 
@@ -28,7 +36,7 @@ CIFAR_STAGES = 3
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 
 
-class _AttentionSlot:
+class _AttentionSlot(TakesPlainWeights):
     """Fills timm's attention slot in every residual block of the ResNet it is mixed into."""
 
     def __init__(

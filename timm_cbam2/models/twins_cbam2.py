@@ -25,6 +25,7 @@ from timm.models._pretrained import DefaultCfg
 from .cbam2 import Cbam2
 
 __all__ = [
+    "TakesPlainWeights",
     "attended_stages",
     "build_twin",
     "entrypoint_arguments",
@@ -38,6 +39,35 @@ __all__ = [
 MAX_CLASSES = 1_000_000
 WARM_START = "from_"  # prefix of the tags whose weights are timm's own
 Weights = Dict[str, torch.Tensor]
+
+
+class TakesPlainWeights:
+    """A mixin: a network whose attention is at the identity also loads, strictly, what its twin without it has."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, so that `checkpoint_path=` of `timm.create_model` takes the twin's file too, with a warning."""
+        own = super().state_dict()
+        attention = _attention_keys(self)
+        if strict and state_dict.keys() == own.keys() - attention and _is_identity(self):
+            warnings.warn(
+                "These weights have no attention: it stays the identity, and the network computes what they did "
+                "without it.",
+                stacklevel=2,
+            )
+            state_dict = {**state_dict, **{key: own[key] for key in attention}}
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def _is_identity(model: nn.Module) -> bool:
+    """Whether every block multiplies by 1, whatever it is given."""
+    for block in model.modules():
+        if isinstance(block, Cbam2):
+            last = [block.channel.fc2, *(branch.pw for branch in block.spatial.branches)]
+            if block.channel.gate != "unit_sigmoid" or block.spatial.conv is not None:
+                return False
+            if any(parameter.detach().any() for layer in last for parameter in layer.parameters()):
+                return False
+    return True
 
 
 def reset_attention(model: nn.Module) -> None:
