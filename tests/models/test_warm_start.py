@@ -225,7 +225,7 @@ def test_default_tags_and_licences_are_the_twins():
 def test_a_folder_and_a_file_of_plain_timm_start_transformers_models_and_timm_ones(name, folders, tmp_path):
     twin, folder = folders[name]
     x = images(TWINS[name].get("in_chans", 3))
-    with pytest.raises(ValueError, match=f"{name} has no attention, its twin is {name}_cbam2: pass warm_start=True"):
+    with pytest.raises(ValueError, match=f"{name}_cbam2 starts from plain weights of {name} with warm_start=True"):
         timm_cbam2.Cbam2ForImageClassification.from_pretrained(folder)
     model = timm_cbam2.Cbam2ForImageClassification.from_pretrained(folder, warm_start=True)
     assert model.config.num_labels == TWINS[name]["num_classes"] and torch.equal(model(x).logits, twin(x))

@@ -51,13 +51,10 @@ def entrypoint(architecture: str) -> Callable[..., nn.Module]:
     for family in _FAMILIES:
         if isinstance(architecture, str) and architecture.endswith("_cbam2") and architecture in family.default_cfgs:
             return getattr(family, architecture)
-    if f"{architecture}_cbam2" in architectures():
-        raise ValueError(
-            f"{architecture} has no attention, its twin is {architecture}_cbam2: pass warm_start=True to start one "
-            "from these weights"
-        )
     close = difflib.get_close_matches(str(architecture), architectures(), 1)
     hint = f"; did you mean {close[0]}?" if close else ""
+    if f"{architecture}_cbam2" in architectures():
+        hint = f"; {architecture}_cbam2 starts from plain weights of {architecture} with warm_start=True"
     raise ValueError(f"Unknown architecture {str(architecture)[:80]!r} in a cbam2 configuration{hint}")
 
 
