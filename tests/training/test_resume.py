@@ -11,7 +11,8 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+
+from timm_cbam2.training.states import read_state
 
 # Everything with randomness or memory of its own: dropped paths, mixing, an average of the weights, accumulation.
 FULL = (
@@ -57,12 +58,11 @@ def assert_same_run(one, other):
     assert a.name == b.name
     names = sorted(p.name for p in a.iterdir())
     assert names == sorted(p.name for p in b.iterdir())
-    assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "custom_checkpoint_1.pkl"} <= set(names)
+    states = {"model", "optimizer", "ema", "position", "random_0"}
+    assert {*(f"{name}.safetensors" for name in states), "checkpoint.json", "SHA256SUMS"} <= set(names)
     for name in names:
         if name.endswith(".safetensors"):
-            assert same(load_file(a / name), load_file(b / name)), name
-        elif name.endswith((".bin", ".pkl")):
-            assert same(*(torch.load(folder / name, weights_only=False) for folder in (a, b))), name
+            assert same(read_state(a / name), read_state(b / name)), name
     for name in ("best", "last"):
         assert (one / name / "model.safetensors").read_bytes() == (other / name / "model.safetensors").read_bytes()
 
@@ -188,7 +188,7 @@ def test_a_damaged_checkpoint(run, half, whole, fault):
     """It is named, set aside, and the one before is used."""
     folder, args = half
     newest = folder / "checkpoints" / f"step-{steps(folder)[-1]:08}"
-    file = newest / ("SHA256SUMS" if fault == "sums" else "optimizer.bin")
+    file = newest / ("SHA256SUMS" if fault == "sums" else "optimizer.safetensors")
     content = bytearray(file.read_bytes())
     if fault == "cut off":
         file.write_bytes(content[: len(content) // 2])
@@ -235,14 +235,14 @@ def test_no_whole_checkpoint_is_left(refused, half):
 def test_the_disk_is_full(run, half, whole):
     """A limit on the size of files stands for it: torch and safetensors fail alike."""
     folder, args = half
-    before = {p.name: hashlib.sha256((p / "optimizer.bin").read_bytes()).digest() for p in checkpoints(folder)}
+    before = {p.name: hashlib.sha256((p / "optimizer.safetensors").read_bytes()).digest() for p in checkpoints(folder)}
     size = (checkpoints(folder)[0] / "model.safetensors").stat().st_size
     for largest in (size // 2, size + 1000):  # the weights do not fit, or only the optimizer's state does not
         result = run(*args, largest_file=largest)
         assert result.code == 2 and result.err.count("\n") == 1, result
         assert "cannot write the checkpoint" in result.err and f"step-{steps(folder)[-1]:08}" in result.err, result.err
         assert "File too large" in result.err or "make room" in result.err
-    after = {p.name: hashlib.sha256((p / "optimizer.bin").read_bytes()).digest() for p in checkpoints(folder)}
+    after = {p.name: hashlib.sha256((p / "optimizer.safetensors").read_bytes()).digest() for p in checkpoints(folder)}
     assert before == after and not list((folder / "checkpoints").glob(".*"))
     assert run(*args).code == 0
     assert_same_run(whole[1], folder)

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..errors import UserError, command_line
+from .checkpoint import read_info
 from .finish import share_trained
 from .guards import lock
 from .launch import slow_precision
@@ -138,7 +139,7 @@ def _where_to_begin(run: Run) -> tuple[Path | None, int | None, list[str]]:
             if "metrics.jsonl" in used:
                 run.metrics.resume([])
             return None, None, notes
-        saved = json.loads((path / "checkpoint.json").read_text(encoding="utf-8"))
+        saved = read_info(path)
         changed, batch = check_resumable(saved, info, saved["batch"])
         return str(path), batch, notes + changed
 

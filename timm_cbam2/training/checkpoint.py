@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent: Accelerate's state with checksums, renamed into place when all is on disk."""
+"""Checkpoints that are whole or absent: all a run needs, with checksums, renamed into place when all is on disk."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import UserError, one_line
+from .snapshot import FORMAT, load_all, save_all
 
-__all__ = ["Checkpoints", "Position", "damage", "writing"]
+__all__ = ["Checkpoints", "Position", "damage", "read_info", "writing"]
 
 SUMS = "SHA256SUMS"  # as `sha256sum -c` reads it
 INFO = "checkpoint.json"
@@ -25,6 +26,8 @@ OF_THE_RUN = (
     "best", "last", "run.json", "metrics.jsonl", "report.html", "curves.png", "confusion.png", "health.png",
     "bad_batch.json",
 )  # fmt: skip
+# Of each row of metrics.jsonl, as far as the rest of a run counts on it.
+MEASURED = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second")
 # What torch, safetensors and the operating system raise when a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -60,6 +63,29 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def read_info(path: Path) -> dict[str, Any]:
+    """What checkpoint.json tells.
+
+    Raises:
+        UserError: the checkpoint is of a version that pickled it, or tells nothing.
+    """
+    file = path / INFO
+    try:
+        info = json.loads(file.read_text(encoding="utf-8"))
+        kinds = {"settings": dict, "data": dict, "versions": dict, "processes": int, "batch": int}
+        whole = all(type(info[name]) is kind for name, kind in kinds.items())
+    except (OSError, ValueError, TypeError, KeyError):
+        whole = False
+    if not whole:
+        raise UserError(f"{file} tells nothing of a run: bring back a copy, or start anew in another folder")
+    if info.get("format") != FORMAT:
+        raise UserError(
+            f"{path} was written by {info['versions'].get('timm_cbam2', 'another version')} in pickles, which can run "
+            "code when read, so it is not: go on with the version that wrote it, or start anew in another folder"
+        )
+    return info
+
+
 @dataclass
 class Position:
     """Where a run is: what a checkpoint holds besides weights, optimizer and random generators."""
@@ -79,20 +105,50 @@ class Position:
         return dict(self.__dict__)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a position.
+
+        Raises:
+            ValueError: something is missing in it, or is of another kind.
+        """
+        if state.keys() != self.__dict__.keys():
+            raise ValueError(f"it tells {', '.join(state)} instead of {', '.join(self.__dict__)}")
+        for name, value in state.items():
+            if not _is_position(name, value):
+                raise ValueError(f"{name} is {one_line(repr(value), 60)}")
+        if (state["best"] is None) != (not state["rows"]):
+            raise ValueError("best is of no row")
         self.__dict__.update(state)
+
+
+def _is_position(name: str, value: Any) -> bool:
+    if name in ("epoch", "batch", "updates", "waited"):
+        return type(value) is int and value >= (name == "epoch")
+    if name in ("sums", "confusion"):
+        return value is None or isinstance(value, Tensor) and value.ndim == 2 and (name != "sums" or len(value.T) == 3)
+    if name in ("rows", "best"):
+        rows = value if name == "rows" else [value] if value is not None else []
+        return isinstance(rows, list) and all(
+            isinstance(row, dict) and all(type(row.get(key)) in (int, float) for key in MEASURED) for row in rows
+        )
+    if name == "bad":
+        lists = list(value.values()) if isinstance(value, dict) else [None]
+        return all(isinstance(part, list) and all(type(index) is int for index in part) for part in lists)
+    return isinstance(value, list)
 
 
 class Checkpoints:
     """The folder `checkpoints/` of a run, written by all processes together.
 
     Args:
-        accelerator: its prepared and registered objects are what is saved.
+        accelerator: its prepared model and optimizer are saved, see `save_all`.
+        parts: what else is saved.
         folder: of the run.
         keep: how many of the newest to keep; the one before the last is what a damaged one falls back to.
     """
 
-    def __init__(self, accelerator: Any, folder: Path, keep: int):
-        self.accelerator, self.folder, self.keep = accelerator, folder / "checkpoints", keep
+    def __init__(self, accelerator: Any, parts: dict[str, Any], folder: Path, keep: int):
+        self.accelerator, self.parts = accelerator, parts
+        self.folder, self.keep = folder / "checkpoints", keep
 
     def save(self, step: int, info: dict[str, Any]) -> Path:
         """Write a checkpoint after `step` optimizer steps; all processes call this.
@@ -114,7 +170,7 @@ class Checkpoints:
         problem = problem or self._first(problem)
         if problem is None:
             try:
-                accelerator.save_state(str(temporary))
+                save_all(accelerator, temporary, self.parts)
             except WRITE_ERRORS as error:
                 problem = _reason(error)
             problem = self._first(problem)
@@ -136,7 +192,16 @@ class Checkpoints:
             )
         return final
 
+    def load(self, path: Path) -> None:
+        """Read a checkpoint; all processes call this.
+
+        Raises:
+            UserError: it does not fit this run, or holds something else than the state of one.
+        """
+        load_all(self.accelerator, path, self.parts, read_info(path)["processes"])
+
     def _publish(self, temporary: Path, final: Path, info: dict[str, Any]) -> None:
+        info = {"format": FORMAT, **info}
         (temporary / INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         sums = "".join(f"{_sha256(file)}  {file.relative_to(temporary).as_posix()}\n" for file in files)

@@ -55,7 +55,10 @@ def finish(
         title = f"{data[0]}, val: {100 * best['val_accuracy']:.2f} % of {best['val_images']} images"
         observer().draw_confusion(confusion[kept][:, kept], [classes[i] for i in kept], folder / "confusion.png", title)
     for name in ("best", "last"):
-        write_card(folder / name)
+        try:
+            write_card(folder / name)
+        except ValueError as error:
+            raise UserError(f"{one_line(error, 300)}: bring back a copy of its files") from error
     print(summary(rows, best))
     if settings["train"] != "all":
         print(f"\n{share_trained(settings['train'], *trained)}; {rows[-1]['images_per_second']:.0f} images/s")

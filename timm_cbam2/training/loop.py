@@ -22,6 +22,7 @@ from .measuring import measure, record, save_model
 from .optimise import keep_frozen, make_loss
 from .progress import MetricsFile, Progress
 from .settings import save_interval
+from .snapshot import fitting
 
 __all__ = ["Run"]
 
@@ -54,7 +55,8 @@ class Run:
         self.model = accelerator.unwrap_model(self.network)
         self.criterion, self.mixup = make_loss(settings, len(self.images.classes))
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
-        self.checkpoints = Checkpoints(accelerator, self.folder, settings["keep"])
+        parts = {"position": self.at} if self.ema is None else {"position": self.at, "ema": self.ema}
+        self.checkpoints = Checkpoints(accelerator, parts, self.folder, settings["keep"])
         self.save_every, self.save_unit = save_interval(settings["save_every"])
         # A GPU must not wait at every step for a look at its loss, or for the other processes' signals.
         self.look_every = 1 if accelerator.device.type == "cpu" else 20
@@ -69,13 +71,12 @@ class Run:
         else:
             self.batches = len(self.train_loader)
         self.batch_images = settings["batch_size"] * accelerator.num_processes
-        accelerator.register_for_checkpointing(self.at, *([self.ema] if self.ema is not None else []))
 
     # -- going on where it stopped
 
     def resume(self, checkpoint: Path, batch: int | None = None) -> None:
         """Load a checkpoint; `batch` replaces the one it was made at, when batches have another size now."""
-        self.accelerator.load_state(str(checkpoint))
+        self.checkpoints.load(checkpoint)
         at = self.at
         if batch is not None:
             at.batch = batch
@@ -83,11 +84,12 @@ class Run:
             self.scheduler.step_update(
                 at.updates
             )  # a function of the steps, so that more epochs may have been asked for
-        for split, indices in at.bad.items():
-            if not self.settings["streaming"]:
-                self.parts[split].bad[indices] = 1
-        if self.settings["streaming"] and 0 < at.batch < self.batches:
-            load_place(self.train_loader, at.streams[self.accelerator.process_index])
+        with fitting(checkpoint / "position.safetensors"):
+            for split, indices in at.bad.items():
+                if not self.settings["streaming"]:
+                    self.parts[split].bad[indices] = 1
+            if self.settings["streaming"] and 0 < at.batch < self.batches:
+                load_place(self.train_loader, at.streams[self.accelerator.process_index])
         if self.accelerator.is_main_process:
             self.metrics.resume(at.rows)
         else:

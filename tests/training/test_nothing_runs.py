@@ -1,0 +1,142 @@
+"""A pickle that would leave a mark, in the place of every file of a run, its checkpoints and models, one at a time."""
+
+import hashlib
+import io
+import json
+import pickle
+import shutil
+
+import pytest
+import torch
+
+# In one process: plants each file in turn, runs the command, puts back what was there.
+CODE = """
+import contextlib, hashlib, io, json, shutil, sys, traceback
+from pathlib import Path
+from timm_cbam2.cli import main
+
+def sums(file):
+    listed = next((p / "SHA256SUMS" for p in file.parents if (p / "SHA256SUMS").is_file()), None)
+    if listed is not None and listed != file:  # as an author who means harm would
+        names = sorted(p.relative_to(listed.parent).as_posix() for p in listed.parent.rglob("*") if p.is_file())
+        names.remove(listed.name)
+        lines = (f"{hashlib.sha256((listed.parent / n).read_bytes()).hexdigest()}  {n}\\n" for n in names)
+        listed.write_text("".join(lines))
+
+task = json.load(open(sys.argv[1]))
+run, mark, results = Path(task["run"]), Path(task["mark"]), []
+shutil.copytree(run, "kept")
+for files, payload in task["cases"]:
+    for file in files:
+        (run / file).write_bytes(Path(payload).read_bytes())
+        sums(run / file)
+    sys.argv, out, err = ["timm-cbam2", *task["args"]], io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        except BaseException:
+            code = traceback.format_exc()
+    results.append((code, err.getvalue(), mark.exists()))
+    mark.unlink(missing_ok=True)
+    shutil.rmtree(run)
+    shutil.copytree("kept", run)
+print(json.dumps(results))
+"""
+
+
+class Evil:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return exec, (f"open({str(self.mark)!r}, 'w').close()",)
+
+
+@pytest.fixture(scope="module")
+def payloads(tmp_path_factory):
+    """A bare pickle, and both formats of torch.save, each of which leaves a mark when it is read carelessly."""
+    folder = tmp_path_factory.mktemp("payloads")
+    mark = folder / "mark"
+    state, files = {"state": Evil(mark), "weight": torch.ones(2)}, {}
+    for name, zipped in (("bare", None), ("zip", True), ("old", False)):
+        stream = io.BytesIO()
+        if zipped is None:
+            pickle.dump(state["state"], stream)
+        else:
+            torch.save(state, stream, _use_new_zipfile_serialization=zipped)
+        files[name] = folder / name
+        files[name].write_bytes(stream.getvalue())
+        stream.seek(0)
+        pickle.load(stream) if zipped is None else torch.load(stream, weights_only=False)
+        assert mark.exists()
+        mark.unlink()
+    return mark, files
+
+
+# Files of other writers, which a library might look for beside ours: Accelerate, torch, transformers, timm, DeepSpeed.
+IN_CHECKPOINTS = (
+    *("custom_checkpoint_0.pkl", "random_states_0.pkl", "optimizer.bin", "scheduler.bin", "sampler.bin", "scaler.pt"),
+    *("pytorch_model.bin", "dl_state_dict.bin", ".metadata", "__0_0.distcp"),
+)
+IN_MODELS = ("pytorch_model.bin", "model.bin", "model.pt", "training_args.bin", "preprocessor_config.json", "data.pkl")
+
+
+@pytest.fixture(scope="module")
+def run_folder(small_run, tmp_path_factory):
+    """Copies of a finished run."""
+    count = iter(range(1000))
+    base = tmp_path_factory.mktemp("runs")
+    return lambda: shutil.copytree(small_run[0], base / f"run{next(count)}")
+
+
+def planted(start_python, folder, payloads, cases, args, tmp_path):
+    """What the command did in each case: (files, code, stderr)."""
+    task = dict(run=str(folder), mark=str(payloads[0]), cases=cases, args=[str(arg) for arg in args])
+    (tmp_path / "task.json").write_text(json.dumps(task, default=str))
+    result = start_python("-c", CODE, tmp_path / "task.json", cwd=tmp_path, brief=True).wait()
+    assert result.code == 0, result
+    found = json.loads(result.out.splitlines()[-1])
+    outcomes = []
+    for (files, payload), (code, err, ran) in zip(cases, found, strict=True):
+        assert not ran, f"{args[0]} ran what stood in {files} ({payload})"
+        assert code in (0, 2), (files, payload, code, err)
+        if code == 2:
+            assert len(err.splitlines()) == 1 and err.startswith("timm-cbam2: "), (files, payload, err)
+        outcomes.append((files, code, err))
+    return outcomes
+
+
+def test_resume(start_python, run_folder, payloads, tmp_path):
+    """Whatever the checkpoint's files are replaced by, it is refused; what does not belong to it is not looked at."""
+    folder, kinds = run_folder(), payloads[1]
+    (checkpoint,) = ((p.relative_to(folder)) for p in (folder / "checkpoints").glob("step-*"))
+    needed = [str(checkpoint / p.name) for p in (folder / checkpoint).iterdir()]
+    assert len(needed) == 6, needed
+    own = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    others = sorted({*own} - {*needed, ".lock"})
+    cases = [([file], payload) for file in needed for payload in kinds.values()]
+    cases += [([file], kinds["zip"]) for file in others]
+    cases += [([str(checkpoint / name) for name in IN_CHECKPOINTS], payload) for payload in kinds.values()]
+    outcomes = planted(start_python, folder, payloads, cases, ("finetune", "--resume", folder), tmp_path)
+    for (file, *more), code, err in outcomes:
+        if file in (*needed, "run.json"):
+            assert code == 2 and file.rpartition("/")[2] in err, (file, code, err)
+        elif more:
+            assert code == 0, (file, err)
+
+
+def test_pickled_by_an_earlier_version(refused, run_folder, payloads):
+    folder = run_folder()
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    info = json.loads((checkpoint / "checkpoint.json").read_text())
+    del info["format"]
+    (checkpoint / "checkpoint.json").write_text(json.dumps(info))
+    for name in ("custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"):
+        shutil.copy(payloads[1]["zip"], checkpoint / name)
+    lines = (f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in checkpoint.iterdir())
+    text = "".join(line for line in lines if "SHA256SUMS" not in line)
+    (checkpoint / "SHA256SUMS").write_text(text)
+    refused("finetune", "--resume", folder, words=(checkpoint, "pickles, which can run code", "start anew"))
+    assert not payloads[0].exists() and checkpoint.is_dir()

@@ -1,0 +1,146 @@
+"""All that a run needs to go on bit by bit, in a folder of a file each: nothing is pickled, so nothing read can run."""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+
+from ..errors import UserError, one_line
+from .states import NO_STATE, read_state, refuse_code, write_state
+
+__all__ = ["FORMAT", "fitting", "load_all", "save_all"]
+
+FORMAT = 2  # of the folder, in checkpoint.json; those before it, without a number, were pickled by Accelerate
+
+
+def save_all(accelerator: Any, folder: Path, parts: dict[str, Any]) -> None:
+    """Write model, optimizer, everything in `parts`, and each process's random generators; all processes call this.
+
+    Args:
+        accelerator: with one prepared model and optimizer.
+        folder: exists and is empty.
+        parts: by name, what has `state_dict` and `load_state_dict`.
+    """
+    write_state(_generators(accelerator), folder / _random(accelerator))
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        accelerator._models[0].save_checkpoint(str(folder), "deepspeed")
+        states = {}
+    elif accelerator.distributed_type.value == "FSDP":
+        from torch.distributed.checkpoint.state_dict import get_state_dict
+
+        states = dict(zip(("model", "optimizer"), get_state_dict(*_wrapped(accelerator), options=_whole())))
+    else:
+        model = accelerator.unwrap_model(accelerator._models[0])
+        states = {"model": model.state_dict(), "optimizer": accelerator._optimizers[0].state_dict()}
+    if accelerator.is_main_process:
+        if accelerator.scaler is not None:
+            parts = {**parts, "amp": accelerator.scaler}
+        states |= {name: part.state_dict() for name, part in parts.items()}
+        for name, state in states.items():
+            write_state(state, folder / f"{name}.safetensors")
+
+
+def load_all(accelerator: Any, folder: Path, parts: dict[str, Any], processes: int) -> None:
+    """Read what `save_all` wrote; all processes call this.
+
+    Args:
+        processes: how many wrote it; when there are others now, random generators stay as they are.
+
+    Raises:
+        UserError: a file is missing, holds something else, or does not fit this run.
+    """
+    kind = accelerator.distributed_type.value
+    if kind == "DEEPSPEED":
+        refuse_code(folder / "deepspeed")
+        accelerator._models[0].load_checkpoint(str(folder), "deepspeed")
+    elif kind == "FSDP":
+        from torch.distributed.checkpoint.state_dict import set_state_dict
+
+        # The main process reads and tells the others.
+        states = {
+            name: read_state(folder / f"{name}.safetensors") if accelerator.is_main_process else {}
+            for name in ("model", "optimizer")
+        }
+        with fitting(folder):
+            set_state_dict(
+                *_wrapped(accelerator),
+                model_state_dict=states["model"],
+                optim_state_dict=states["optimizer"],
+                options=_whole(broadcast_from_rank0=True),
+            )
+    else:
+        parts = {
+            "model": accelerator.unwrap_model(accelerator._models[0]),
+            "optimizer": accelerator._optimizers[0],
+            **parts,
+        }
+    if accelerator.scaler is not None:
+        parts = {**parts, "amp": accelerator.scaler}
+    for name, part in parts.items():
+        file = folder / f"{name}.safetensors"
+        state = read_state(file)
+        with fitting(file):
+            part.load_state_dict(state)
+    if processes == accelerator.num_processes:
+        file = folder / _random(accelerator)
+        state = read_state(file)
+        with fitting(file):
+            _set_generators(accelerator, state)
+
+
+@contextmanager
+def fitting(file: Path) -> Iterator[None]:
+    """Within the context, what is raised because a file's content does not fit becomes one line.
+
+    Raises:
+        UserError: the content of `file` does not fit.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except NO_STATE as error:
+        raise UserError(
+            f"{file} does not fit this run ({one_line(error, 160)}): bring back a copy, or start anew in another folder"
+        ) from error
+
+
+def _whole(**more: Any) -> Any:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions
+
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, **more)
+
+
+def _wrapped(accelerator: Any) -> tuple[Any, Any]:
+    return accelerator._models[0], accelerator._optimizers[0].optimizer
+
+
+def _random(accelerator: Any) -> str:
+    return f"random_{accelerator.process_index}.safetensors"
+
+
+def _generators(accelerator: Any) -> dict[str, Any]:
+    """Of Python, NumPy, and PyTorch on the CPU and on this process's device; and Accelerate's count of batches."""
+    device = accelerator.device.type
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        device: None if device == "cpu" else torch.get_device_module(device).get_rng_state(),
+        "step": accelerator.step,
+    }
+
+
+def _set_generators(accelerator: Any, state: dict[str, Any]) -> None:
+    device = accelerator.device.type
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device != "cpu" and device in state:  # otherwise another device, of which `check_resumable` has told
+        torch.get_device_module(device).set_rng_state(state[device])
+    accelerator.step = int(state["step"])
