@@ -3,27 +3,18 @@
 Screenshots are kept in screenshots/, which git ignores.
 """
 
-import io
-import json
-import os
 import re
 import shutil
 import signal
-import socket
-import struct
-import subprocess
 import time
 import urllib.error
 import urllib.request
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import bomb, free_port
 from PIL import Image
-from test_hub import scenario
-
-from timm_cbam2.errors import UserError
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install "timm_cbam2[app]"')
 
@@ -36,32 +27,6 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 ).split()
 WAIT = 30_000  # ms; a busy machine is slow, a broken page is slower
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def serve(command, cwd, environment):
-    """Start a page; its process and address."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process = subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
-    printed = []
-    for line in process.stdout:
-        printed.append(line)
-        if found := re.search(r"http://[\d.]+:\d+", line):
-            return process, found[0]
-    raise AssertionError("".join(printed))
-
-
-def stop(process):
-    process.terminate()
-    try:
-        process.wait(20)
-    finally:
-        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -194,16 +159,6 @@ def test_switch_and_compare_models_and_press_twice(page):
     assert after != before and after.startswith("resnet20_cbam2") and page.locator("#first .answer").count() == 5
 
 
-def bomb(side=30_000):
-    """A PNG of a few bytes that unpacks to `side` x `side` pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    head = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 def test_what_is_no_picture_and_no_model_is_refused(page, tmp_path, truncate):
     page.locator(".gallery button, .gallery-item").first.click()  # an example, which stands there before
     page.locator("#first .answer").first.wait_for()
@@ -294,90 +249,3 @@ def test_mistakes_are_one_line(refused, address):
     refused("app", "resnet2O_cbam2", words=["resnet20_cbam2"])
     refused("app", "nowhere/run", words=["no such run or model folder"])
     refused("app", "resnet20_cbam2", "--port", address.rpartition(":")[2], words=["--port"])
-
-
-def test_models_that_a_visitor_may_load(tmp_path):
-    from timm_cbam2.seeing.page.served import Models, check_image
-
-    models = Models(["resnet20_cbam2", "resnet20_cbam2"])
-    assert models.given == ["resnet20_cbam2"]
-    assert len(models.explain("resnet20_cbam2", CAT).answers) == 5
-    for name, words in (
-        (str(ROOT / "checkpoints" / "resnet20_cbam2.cifar10"), "no model is called"),
-        ("../run", "no model is called"),
-        ("resnet50", "did you mean"),
-        ("convnext_xxlarge_cbam2", "this page loads 200 M"),
-        ("x" * 500, "^.{0,250}$"),
-    ):
-        with pytest.raises(UserError, match=words):
-            models.explain(name, CAT)
-    (tmp_path / "bomb.png").write_bytes(bomb(8000))
-    with pytest.raises(UserError, match="8000 x 8000 pixels are too many"):
-        check_image(tmp_path / "bomb.png")
-    Image.open(io.BytesIO(CAT.read_bytes())).save(tmp_path / "fine.webp")
-    check_image(tmp_path / "fine.webp")
-
-
-def test_models_from_the_hub_run_no_code(script, tmp_path):
-    """A repository with code that would leave a trace, and one that offers a pickle only."""
-    scenario(
-        script,
-        tmp_path,
-        f"""
-from timm_cbam2.seeing.page.served import Models
-push_files = {{path.name: path.read_bytes() for path in folder.iterdir()}}
-trace = home / "trace"
-evil = f"open({{str(trace)!r}}, 'w').close()".encode()
-hub.add("user/model", {{**push_files, "modeling_cbam2.py": evil, "configuration_cbam2.py": evil}})
-explanation = Models([]).explain("hf-hub:user/model", {str(CAT)!r})
-assert len(explanation.answers) == 5 and explanation.blocks and not trace.exists()
-hub.add("user/pickle", {{"config.json": push_files["config.json"], "pytorch_model.bin": b"x"}})
-fails("pickle", Models([]).explain, "hf-hub:user/pickle", {str(CAT)!r})
-fails("no such repository", Models([]).explain, "hf-hub:user/none", {str(CAT)!r})
-""",
-    )
-
-
-def test_a_space(script, tmp_path, bare_python, environment):
-    """Pushed to the stand-in Hub, fetched, and served where the package is not installed."""
-    pytest.importorskip("importlib.metadata").version("timm_cbam2")
-    code = """
-import json
-fails("USER/NAME", push, folder)
-fails("write user/name", push, space="demo")
-push(space="user/demo", dry_run=True)
-os.environ["HF_TOKEN"] = "hf_test"
-push(space="user/plain")
-push(folder, "user/model", space="user/demo")
-push(folder, "user/model", space="user/demo")  # again: the Space is there already
-doors("user/model")
-files = hub.repos["spaces/user/demo"]["main"]
-assert set(files) - set(hub.repos["spaces/user/plain"]["main"]) == {
-    "model/model/config.json", "model/model/model.safetensors"}
-for name, data in files.items():
-    path = home / "space" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-"""
-    scenario(script, tmp_path, code)
-    space = tmp_path / "space"
-    card = (space / "README.md").read_text()
-    head = card.split("---")[1]
-    for line in ("sdk: gradio", "app_file: app.py", "title: demo", "- user/model", "license: apache-2.0"):
-        assert line in head, head
-    wanted = (space / "requirements.txt").read_text().splitlines()
-    assert any(line.startswith("gradio>=") for line in wanted) and any(line.startswith("timm>=") for line in wanted)
-    assert not any("timm_cbam2" in line or "pytest" in line or "extra" in line for line in wanted)
-    assert (space / "app.py").read_bytes() == (ROOT / "timm_cbam2" / "seeing" / "page" / "app.py").read_bytes()
-
-    shown = {k: v for k, v in environment.items() if k != "PYTHONPATH"}
-    shown.update(SPACE_ID="user/demo", GRADIO_SERVER_NAME="127.0.0.1", GRADIO_SERVER_PORT=str(free_port()))
-    process, url = serve([bare_python, "app.py"], space, shown)
-    try:
-        config = json.loads(urllib.request.urlopen(f"{url}/config", timeout=60).read())
-        (first, *_) = (c["props"] for c in config["components"] if c["props"].get("label") == "Model")
-        assert first["value"] == "model/model"
-    finally:
-        stop(process)
-    loaded = list(space.glob("timm_cbam2/seeing/__pycache__/explain.*.pyc"))
-    assert loaded or os.environ.get("PYTHONDONTWRITEBYTECODE")
