@@ -1,7 +1,6 @@
 """What the ablation measures besides accuracy: position, cost, routing, and masks held at their mean."""
 
 import json
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,12 +11,6 @@ from randomise import randomise
 from timm_cbam2 import record_attention
 from timm_cbam2.evidence.ablation import cost, position, routing
 from timm_cbam2.evidence.ablation.masks import KINDS, Moments, averaged, fixed_mask_accuracy
-
-
-@pytest.fixture
-def ablation(start_python, tmp_path):
-    """`ablation(*args)` starts `python -m timm_cbam2.ablation ARGS`, at the head of a process group of its own."""
-    return partial(start_python, "-m", "timm_cbam2.ablation", cwd=tmp_path, brief=True)
 
 
 def test_the_position_task_is_about_position_alone():
@@ -72,8 +65,11 @@ def test_routing_numbers():
     assert routing.summary(by_sample, labels)["class_share"] == pytest.approx(0)
 
 
-def test_routing_of_a_run(ablation, small_run, tmp_path):
-    out = finish(ablation("routing", small_run[0], "-o", "routing.json"))
+def test_routing_of_a_run(start_python, small_run, tmp_path):
+    command = ("-m", "timm_cbam2.ablation", "routing", small_run[0], "-o", "routing.json")
+    result = start_python(*command, cwd=tmp_path, brief=True).wait()
+    assert result.code == 0, result
+    out = result.out
     assert "| layer3.2.se | branches |" in out and "- both averaged: " in out
     found = json.loads((tmp_path / "routing.json").read_text())
     blocks = found["blocks"].values()
