@@ -86,7 +86,7 @@ def test_mistakes_in_data(refused, write_folder, tmp_path):
     refuse(one / "digit3", "no class folders")
     write_folder(tmp_path / "differ" / "train", classes=(1, 2))
     write_folder(tmp_path / "differ" / "val", classes=(1, 4))
-    refuse(tmp_path / "differ", "val/ has digit4 too and lacks digit2")
+    refuse(tmp_path / "differ", "class folders", "lacks: digit4", "to train on")
     bad = write_folder(tmp_path / "bad", classes=(1, 2))
     (bad / "digit1" / "000.png").write_text("not an image")
     refuse(bad, bad / "digit1" / "000.png", "--skip-bad-images")

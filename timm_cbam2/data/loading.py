@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError, one_line
 from .images import Samples
@@ -249,12 +249,15 @@ def make_loader(
     seed: int = 0,
     processes: int = 1,
     repeats: int = 1,
+    sampler: Sampler[int] | None = None,
 ) -> DataLoader:
     """Batches of (images (B, C, H, W), labels (B,), indices (B,)), in an order that depends on `seed` alone.
 
     `batch_size` is that of each of `processes`; with `repeats`, a shuffled image occurs so often in a row.
+    A `sampler` shuffles in its own way.
     """
-    sampler = RepeatedSampler(len(dataset), repeats, batch_size, processes, seed) if shuffle and repeats > 1 else None
+    if sampler is None and shuffle and repeats > 1:
+        sampler = RepeatedSampler(len(dataset), repeats, batch_size, processes, seed)
     return DataLoader(
         dataset,
         batch_size=batch_size,

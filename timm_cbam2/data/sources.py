@@ -39,7 +39,7 @@ def find_images(data: str, image_column: str | None = None, label_column: str | 
     An image folder holds one folder per class, either directly or below train/, val/ and test/.
 
     Raises:
-        UserError: nothing there, no images, an empty class, a single class, class sets that differ between splits.
+        UserError: nothing there, no images, an empty class, a single class, or one without training images.
     """
     path = Path(data).expanduser()
     if os.path.exists(path):  # which, unlike Path's, takes a name of any length
@@ -79,20 +79,19 @@ def _from_folder(folder: Path) -> Images:
         if not names:
             loose = "images but " if any(p.suffix.lower() in EXTENSIONS for p in where.iterdir()) else ""
             raise UserError(f"{where} has {loose}no class folders: put the images of each class in a folder of its own")
-        if classes and names != classes:
-            extra, missing = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
-            parts = [f"has {', '.join(extra)} too" if extra else "", f"lacks {', '.join(missing)}" if missing else ""]
+        extra = sorted(set(names) - set(classes)) if classes else []
+        if extra:
             first = next(iter(found.values()))
             raise UserError(
-                f"{where} and {first} differ: {where.name}/ {' and '.join(filter(None, parts))}; "
-                "every split needs the same class folders"
+                f"{where} has class folders that {first} lacks: {', '.join(extra)}; each needs images to train on"
             )
-        classes = names
-        splits[split] = _class_folders(where, names, notes)
+        classes = classes or names  # other splits may lack some
+        splits[split] = _class_folders(where, classes, notes, complete=split in ("train", "all"))
     return Images(folder.resolve().name, classes, splits, notes)
 
 
-def _class_folders(folder: Path, classes: list[str], notes: list[str]) -> Samples:
+def _class_folders(folder: Path, classes: list[str], notes: list[str], complete: bool) -> Samples:
+    """The images of a split; only where it is `complete` must every class have some."""
     files: list[str] = []
     labels: list[int] = []
     skipped: list[str] = []
@@ -105,11 +104,13 @@ def _class_folders(folder: Path, classes: list[str], notes: list[str]) -> Sample
                     files.append(os.path.join(root, file))
                 elif not file.startswith("."):
                     skipped.append(os.path.join(root, file))
-        if len(files) == before:
+        if len(files) == before and complete:
             raise UserError(
                 f"class folder {folder / name} has no images ({', '.join(EXTENSIONS)}): add some, or remove the folder"
             )
         labels += [label] * (len(files) - before)
+    if not files:
+        raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)}): add some, or remove the folder")
     if skipped:
         notes.append(f"{len(skipped)} files that are not images were left out, such as {skipped[0]}")
     return Samples(files, labels)

@@ -180,12 +180,12 @@ def _class_names(data: str, kind: Any, column: str, values: dict[str, list[Any]]
         if beyond:
             raise UserError(f"{data}: label {beyond[0]} in column '{column}', which names {len(kind.names)} classes")
         return list(kind.names), {i: i for i in range(len(kind.names))}
-    for split, counts in seen.items():
-        missing = sorted(everything - counts.keys(), key=str)
-        if missing:
-            raise UserError(
-                f"{data}: the {split} split lacks the classes {', '.join(map(str, missing[:10]))}; "
-                "every split needs the same classes"
-            )
+    first = next(iter(seen))  # the others may lack some
+    missing = sorted(everything - seen[first].keys(), key=str)
+    if missing:
+        raise UserError(
+            f"{data}: the {first} split lacks the classes {', '.join(map(str, missing[:10]))} of the others; each "
+            "needs images to train on"
+        )
     ordered = sorted(everything)
     return [str(v) for v in ordered], {v: i for i, v in enumerate(ordered)}

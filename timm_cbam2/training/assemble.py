@@ -10,6 +10,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..data.balance import balance_notes
 from ..data.images import Images
 from ..errors import UserError
 from . import prepare
@@ -61,7 +62,7 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
         config=val_config,
         info=_compared(settings, images, process[1]),
         trained=(trainable, parameters),
-        notes=notes,
+        notes=[*notes, *balance_notes(images, settings["balance"])],
         side=tuple(config["input_size"][1:]),
         blueprint=blueprint,
     )

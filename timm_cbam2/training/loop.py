@@ -11,6 +11,7 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
+from ..data.balance import class_weights
 from ..data.images import Images
 from ..data.loading import kept_quiet, seeded
 from ..data.stream import in_turns, load_place, place
@@ -53,7 +54,11 @@ class Run:
     def __post_init__(self) -> None:
         accelerator, settings = self.accelerator, self.settings
         self.model = accelerator.unwrap_model(self.network)
-        self.criterion, self.mixup = make_loss(settings, len(self.images.classes))
+        weights = None
+        if settings["balance"] == "weights":
+            weights = class_weights(self.images.splits["train"].labels, len(self.images.classes))
+        self.criterion, self.mixup = make_loss(settings, len(self.images.classes), weights)
+        self.criterion.to(accelerator.device)
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         parts = {"position": self.at} if self.ema is None else {"position": self.at, "ema": self.ema}
         self.checkpoints = Checkpoints(accelerator, parts, self.folder, settings["keep"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any
 
 from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy
 from timm.optim import create_optimizer_v2, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError, one_line
@@ -152,13 +152,19 @@ def make_schedule(optimizer: Any, settings: dict[str, Any], updates_per_epoch: i
     return scheduler
 
 
-def make_loss(settings: dict[str, Any], classes: int) -> tuple[Callable[..., Any], Mixup | None]:
-    """The training loss, and what mixes a batch before it (None unless asked for)."""
+def make_loss(settings: dict[str, Any], classes: int, weights: Tensor | None = None) -> tuple[nn.Module, Mixup | None]:
+    """The training loss, and what mixes a batch before it (None unless asked for).
+
+    Args:
+        settings: of the run.
+        classes: number of them, K.
+        weights: (K,) what each class counts, None for 1 each; with --bce, what its positives count.
+    """
     smoothing = settings["label_smoothing"]
     mixup = None
     if settings["mixup"] > 0 or settings["cutmix"] > 0:
         mixup = Mixup(settings["mixup"], settings["cutmix"], label_smoothing=smoothing, num_classes=classes)
         smoothing = 0.0  # is in the mixed targets
     if settings["bce"]:
-        return BinaryCrossEntropy(smoothing, settings["bce_target_threshold"]), mixup
-    return nn.CrossEntropyLoss(label_smoothing=smoothing), mixup
+        return BinaryCrossEntropy(smoothing, settings["bce_target_threshold"], pos_weight=weights), mixup
+    return nn.CrossEntropyLoss(weights, label_smoothing=smoothing), mixup

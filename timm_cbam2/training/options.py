@@ -58,9 +58,24 @@ class Options:
     ] = None
     bce: Annotated[bool, _option(OPTIM, "Binary cross-entropy over the classes.", "--bce/--no-bce")] = False
     bce_target_threshold: Annotated[float | None, _option(OPTIM, "With --bce, targets above it count as 1.")] = None
+    balance: Annotated[
+        str,
+        _option(
+            OPTIM,
+            "For classes of unequal size: none; sampler (each class is drawn equally often); or weights (each class "
+            "counts equally in the loss).",
+        ),
+    ] = "none"
     label_smoothing: Annotated[float, _option(OPTIM, "Share of the target that is spread.", min=0.0, max=0.9)] = 0.0
     patience: Annotated[int | None, _option(OPTIM, "Stop after so many epochs without a better one.", min=1)] = None
     train: Annotated[str, _option(MODEL, "all, attention, attention+head, or head; the rest stays frozen.")] = "all"
+    drop: Annotated[
+        float | None, _option(MODEL, "Dropout before the classifier (timm's drop_rate), such as 0.2.", min=0.0)
+    ] = None
+    drop_path: Annotated[
+        float | None,
+        _option(MODEL, "Share of residual branches that are left out (timm's drop_path_rate), such as 0.1.", min=0.0),
+    ] = None
     model_kwargs: Annotated[list[str], _pairs(MODEL, "Arguments of timm.create_model.")] = field(default_factory=list)
     cbam2: Annotated[list[str], _pairs(MODEL, "Options of every CBAM2 block.")] = field(default_factory=list)
     grad_checkpointing: Annotated[

@@ -11,6 +11,7 @@ import timm
 import torch
 from torch import nn
 
+from ..data.balance import BalancedSampler
 from ..data.built_in import BUILT_IN
 from ..data.cached import CachedImages
 from ..data.images import Images
@@ -22,7 +23,7 @@ from ..hub.zoo import class_names, load, pretrained_tags, resolve
 from ..models.passes_cbam2 import kernel_in_use
 from ..models.twins_cbam2 import WARM_START
 from .launch import usable_cpus
-from .settings import DEFAULT_LR, OF_THE_CALL
+from .settings import DEFAULT_LR, DROPS, OF_THE_CALL
 
 __all__ = ["build", "check_resumable", "complete", "fingerprint", "make_datasets", "make_loaders", "open_images"]
 
@@ -54,6 +55,9 @@ def build(settings: dict[str, Any], images: Images) -> tuple[nn.Module, bool, li
     arguments = dict(settings["model_kwargs"])
     if settings["cbam2"]:
         arguments["cbam2"] = {**arguments.get("cbam2", {}), **settings["cbam2"]}
+    for option, key in DROPS.items():
+        if settings[option] is not None:
+            arguments[key] = settings[option]
     classes = len(images.classes)
     network = load(model, pretrained=pretrained, num_classes=classes, **arguments)
     notes = []
@@ -127,6 +131,8 @@ def make_loaders(settings: dict[str, Any], parts: dict[str, Any], processes: int
     if settings["streaming"]:
         return tuple(make_stream_loader(parts[split], batch_size, workers) for split in ("train", "val"))
     order = dict(shuffle=True, seed=seed, processes=processes, repeats=settings["aug_repeats"])
+    if settings["balance"] == "sampler":
+        order["sampler"] = BalancedSampler(parts["train"].samples.labels, seed)
     train = make_loader(parts["train"], batch_size, workers, **order)
     return train, make_loader(parts["val"], batch_size, workers)
 

@@ -11,6 +11,7 @@ from typing import Any, Mapping, Sequence
 
 from timm.optim import list_optimizers
 
+from ..data.balance import BALANCE
 from ..data.images import parse_val_split
 from ..data.loading import AUGMENT
 from ..errors import UserError, one_line
@@ -22,8 +23,9 @@ __all__ = ["check_options", "parse_pairs", "resolved_text", "save_interval"]
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 TRAIN = ("all", "attention", "attention+head", "head")
 PRECISIONS = ("no", "fp16", "bf16")
+DROPS = {"drop": "drop_rate", "drop_path": "drop_path_rate"}  # options that are arguments of timm.create_model
 PAIRS = ("model_kwargs", "cbam2", "opt_kwargs")  # options written KEY=VALUE, as often as need be
-EXAMPLES = {"model_kwargs": "drop_path_rate=0.1", "cbam2": "gate=sigmoid", "opt_kwargs": "eps=1e-6"}
+EXAMPLES = {"model_kwargs": "output_stride=16", "cbam2": "gate=sigmoid", "opt_kwargs": "eps=1e-6"}
 # What finetune decides for a model, or what would make it another kind of thing.
 NOT_OF_THE_MODEL = (
     "num_classes", "pretrained", "features_only", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay",
@@ -47,6 +49,8 @@ RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are
     "warmup_epochs": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),
     "mixup": ("a number from 0 on, such as 0.2", lambda value: 0 <= value < math.inf),
     "cutmix": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),
+    "drop": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
+    "drop_path": ("at least 0 and less than 1, such as 0.1", lambda value: 0 <= value < 1),
     "bce_target_threshold": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
 }
 # Of one call, not of the training: a resumed run may have others.
@@ -115,6 +119,7 @@ def check_options(settings: dict[str, Any]) -> None:
 
 def _check_choices(settings: Mapping[str, Any]) -> None:
     choices = {"opt": list_optimizers(), "sched": SCHEDULES, "augment": ("auto", *AUGMENT), "train": TRAIN}
+    choices["balance"] = BALANCE
     if settings["mixed_precision"] is not None:
         choices["mixed_precision"] = PRECISIONS
     for option, allowed in choices.items():
@@ -133,6 +138,9 @@ def _check_pairs(settings: dict[str, Any]) -> None:
     for key in settings["model_kwargs"]:
         if key in NOT_OF_THE_MODEL:
             raise UserError(f"--model-kwargs {key}=… is decided by the data, --model and --pretrained: leave it out")
+    for option, key in DROPS.items():
+        if settings[option] is not None and key in settings["model_kwargs"]:
+            raise UserError(f"{_flag(option)} and --model-kwargs {key}=… are the same thing: give one of them")
     if not isinstance(settings["model_kwargs"].get("cbam2", {}), Mapping):
         raise UserError("--model-kwargs cbam2=… is no dict: give options of the attention with --cbam2 KEY=VALUE")
     if settings["cbam2"]:
@@ -168,6 +176,10 @@ def _check_together(settings: Mapping[str, Any]) -> None:
                 raise UserError(f"--cache-images crops and mirrors only: it does not go with {_flag(option)}")
     if settings["streaming"] and settings["aug_repeats"] > 1:
         raise UserError("--aug-repeats needs to know the images by number: it does not go with --streaming")
+    if settings["balance"] != "none" and settings["streaming"]:
+        raise UserError("--balance needs to know every label in advance: it does not go with --streaming")
+    if settings["balance"] == "sampler" and settings["aug_repeats"] > 1:
+        raise UserError("--balance sampler and --aug-repeats both decide which images repeat: give one of them")
 
 
 def _place(folder: str | Path) -> Path:
