@@ -1,6 +1,8 @@
 """Images of any kind, data sets of any layout, seeded augmentation, unreadable files."""
 
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +11,9 @@ import torch
 from PIL import Image
 
 import timm_cbam2  # noqa: F401
+from timm_cbam2.data import headers
+from timm_cbam2.data.folders import Paths
+from timm_cbam2.data.formats import open_image
 from timm_cbam2.data.loading import ImageDataset, data_config, make_loader
 from timm_cbam2.data.reading import read_image
 from timm_cbam2.data.sources import find_images
@@ -175,3 +180,67 @@ def test_preprocessing_comes_from_the_model():
     assert grey["input_size"] == (1, 32, 32) and len(grey["mean"]) == len(grey["std"]) == 1
     with pytest.raises(UserError, match="--img-size 4"):
         data_config(model, 4)
+
+
+@pytest.mark.parametrize("ending", [".jfif", ".avif", ".JPE", ".webp", ".tga", ".jp2", ".ico", ".qoi", ".apng"])
+def test_whatever_pillow_reads_is_an_image(tmp_path, ending):
+    """Under any name of its format; what it cannot read alone stays out, even under an image's name."""
+    Image.init()
+    if ending.lower() not in Image.registered_extensions():
+        pytest.skip(f"this Pillow was built without {ending}")
+    kind = Image.registered_extensions()[ending.lower()]
+    for name in ("cat", "dog"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        Image.fromarray(GRADIENT).convert("RGB").save(tmp_path / "d" / name / f"1{ending}", kind)
+        (tmp_path / "d" / name / "talk.mpg").write_bytes(b"\x00\x00\x01\xb3" + bytes(60))
+    images = find_images(str(tmp_path / "d"))
+    assert images.splits["all"].labels == [0, 1] and images.notes[0].startswith("2 files that are not images")
+    assert read_image(images.splits["all"].source(1)).size == (64, 64)
+    ImageDataset(images.splits["all"], data_config(timm.create_model("resnet20"), 16)).check_headers()
+
+
+def test_nothing_is_run_to_read_an_image(tmp_path):
+    """A PostScript file is a program for Ghostscript, whatever it is called."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "program.eps")
+    (tmp_path / "program.eps").rename(tmp_path / "picture.jpg")
+    with Image.open(tmp_path / "picture.jpg") as found:
+        assert found.format == "EPS"  # by its content
+    with pytest.raises(OSError, match="cannot identify"):
+        read_image(tmp_path / "picture.jpg")
+
+
+def test_of_many_files_a_sample_is_opened_once(write_folder, tmp_path, config, monkeypatch):
+    monkeypatch.setattr(headers, "SAMPLE", 6)
+    monkeypatch.setattr(headers, "_place", lambda samples, place=headers._place: tmp_path / place(samples).name)
+    opened = []
+    monkeypatch.setattr(headers, "open_image", lambda path: opened.append(path) or open_image(path))
+    folder = write_folder(tmp_path / "d", count=10)
+    samples = find_images(str(folder)).splits["all"]
+    ImageDataset(samples, config).check_headers()
+    assert len(opened) == 6 and {Path(path).parent.name for path in opened} == {"digit0", "digit1", "digit2"}
+    ImageDataset(samples, config).check_headers()
+    assert len(opened) == 6  # remembered
+    (folder / "digit0" / "010.png").write_bytes(b"")  # another listing
+    samples = find_images(str(folder)).splits["all"]
+    lenient = ImageDataset(samples, config, "light", skip_bad=True)
+    lenient.check_headers()
+    assert len(opened) == 12 and not lenient.bad.any()  # not in the sample
+    where = list(samples.items).index(str(folder / "digit0" / "010.png"))
+    assert lenient[where][2] == where + 1 and lenient.bad.nonzero().tolist() == [[where]]  # met, and another stands in
+    with pytest.raises(UserError, match="digit0/010.png"):
+        ImageDataset(samples, config)[where]
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"")
+    (folder / "digit0" / "010.png").unlink()
+    (folder / "digit1" / "010.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of 6 images can be read"):
+        ImageDataset(find_images(str(folder)).splits["all"], config, skip_bad=True).check_headers()
+
+
+def test_names_are_kept_as_bytes(tmp_path):
+    names = ["a/cat/1.jpg", "a/cat/ü.png", "a/dog/3.jpg", os.fsdecode(b"a/dog/\xff.jpg")]
+    paths = Paths.of(iter(names))
+    assert paths == names and paths[-1] == names[-1] and paths[1:3] == names[1:3] and paths.index(names[2]) == 2
+    assert list(paths.select([3, 0])) == [names[3], names[0]] and paths.select([]) == []
+    assert list(paths.relative()) == [os.path.relpath(name, "a") for name in names]
+    assert list(paths.select([0, 1]).relative()) == ["1.jpg", "ü.png"] and list(paths[:1].relative()) == ["."]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Iterable, Iterator
 
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError, one_line
+from .folders import FileSamples
+from .headers import bad_headers, remember, remembered, sample
 from .images import Samples
 from .reading import UNREADABLE, read_image
 from .repeated import RepeatedSampler
@@ -176,27 +177,23 @@ class ImageDataset(Dataset):
         self.bad[index] = 1
 
     def check_headers(self) -> None:
-        """Open every image *file* without decoding it, so that most bad ones show before any training.
+        """Open image *files* without decoding them, so that a folder of bad ones shows before any training.
+
+        All of them or, where there are many, a sample; not at all where that went well before. The rest show as they
+        come.
 
         Raises:
-            UserError: one cannot be opened and `skip_bad` is off.
+            UserError: one cannot be opened and `skip_bad` is off, or none of them can.
         """
-
-        def header(index: int) -> Exception | None:
-            try:
-                with Image.open(self.samples.source(index)):
-                    return None
-            except UNREADABLE as error:
-                return error
-
-        if type(self.samples) is not Samples:
+        if not isinstance(self.samples, FileSamples) or remembered(self.samples):
             return
-        with ThreadPoolExecutor(8) as pool:
-            for index, error in enumerate(pool.map(header, range(len(self)))):
-                if error is not None:
-                    self._give_up(index, error)
-        if len(self) and self.bad.all():
-            raise UserError(f"none of the {len(self)} images can be read, the first is {self.samples.name(0)}")
+        indices = sample(self.samples)
+        for index, error in bad_headers(self.samples, indices):
+            self._give_up(index, error)
+        if not self.bad.any():
+            remember(self.samples, len(indices))
+        elif self.bad[indices].all():
+            raise UserError(f"none of {len(indices)} images can be read, the first is {self.samples.name(0)}")
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from .formats import open_image
+
 __all__ = ["UNREADABLE", "read_image"]
 
 # What Pillow raises for what is no readable image.
@@ -25,7 +27,7 @@ def read_image(source: str | Path | bytes | Image.Image, mode: str = "RGB") -> I
     """
     image = source if isinstance(source, Image.Image) else None
     if image is None:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        image = open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
     image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16 and 32 bits: PIL's own conversion clips at 255

@@ -9,12 +9,11 @@ from typing import Any, Mapping
 
 from ..errors import UserError
 from .built_in import BUILT_IN, made
-from .images import SPLITS, Images, Samples
+from .folders import from_folder, subfolders
+from .images import SPLITS, Images
 from .tables import from_tables
 
 __all__ = ["check_apart", "find_images", "images_of_run"]
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 
 
 def images_of_run(
@@ -46,7 +45,7 @@ def find_images(data: str, image_column: str | None = None, label_column: str | 
         if path.is_file() or _holds_tables(path):
             images = from_tables(data, path, image_column, label_column)
         else:
-            images = _from_folder(path)
+            images = from_folder(path)
     elif data in BUILT_IN:
         images = made(data)
     elif re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", data) and not os.path.exists(path.parent):
@@ -62,60 +61,6 @@ def find_images(data: str, image_column: str | None = None, label_column: str | 
     return images
 
 
-def _subfolders(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
-
-
-def _from_folder(folder: Path) -> Images:
-    children = {child.name.lower(): child for child in _subfolders(folder)}
-    found = {split: children[n] for split, names in SPLITS.items() for n in names if n in children}
-    notes: list[str] = []
-    if "train" not in found and "val" not in found:
-        found = {"all": folder}
-    classes: list[str] = []
-    splits = {}
-    for split, where in found.items():
-        names = [child.name for child in _subfolders(where)]
-        if not names:
-            loose = "images but " if any(p.suffix.lower() in EXTENSIONS for p in where.iterdir()) else ""
-            raise UserError(f"{where} has {loose}no class folders: put the images of each class in a folder of its own")
-        extra = sorted(set(names) - set(classes)) if classes else []
-        if extra:
-            first = next(iter(found.values()))
-            raise UserError(
-                f"{where} has class folders that {first} lacks: {', '.join(extra)}; each needs images to train on"
-            )
-        classes = classes or names  # other splits may lack some
-        splits[split] = _class_folders(where, classes, notes, complete=split in ("train", "all"))
-    return Images(folder.resolve().name, classes, splits, notes)
-
-
-def _class_folders(folder: Path, classes: list[str], notes: list[str], complete: bool) -> Samples:
-    """The images of a split; only where it is `complete` must every class have some."""
-    files: list[str] = []
-    labels: list[int] = []
-    skipped: list[str] = []
-    for label, name in enumerate(classes):
-        before = len(files)
-        for root, folders, names in os.walk(folder / name, followlinks=True):
-            folders.sort()
-            for file in sorted(names):
-                if file.lower().endswith(EXTENSIONS) and not file.startswith("."):
-                    files.append(os.path.join(root, file))
-                elif not file.startswith("."):
-                    skipped.append(os.path.join(root, file))
-        if len(files) == before and complete:
-            raise UserError(
-                f"class folder {folder / name} has no images ({', '.join(EXTENSIONS)}): add some, or remove the folder"
-            )
-        labels += [label] * (len(files) - before)
-    if not files:
-        raise UserError(f"{folder} has no images ({', '.join(EXTENSIONS)}): add some, or remove the folder")
-    if skipped:
-        notes.append(f"{len(skipped)} files that are not images were left out, such as {skipped[0]}")
-    return Samples(files, labels)
-
-
 def check_apart(output: Path, data: str) -> None:
     """Make sure that what is written to `output` will not be taken for images of `data`.
 
@@ -127,7 +72,7 @@ def check_apart(output: Path, data: str) -> None:
     if data in BUILT_IN or not os.path.isdir(root) or root not in (output, *output.parents):
         return
     of_splits = {name for names in SPLITS.values() for name in names}
-    has_splits = any(child.name.lower() in (*SPLITS["train"], *SPLITS["val"]) for child in _subfolders(root))
+    has_splits = any(child.name.lower() in (*SPLITS["train"], *SPLITS["val"]) for child in subfolders(root))
     first = output.relative_to(root).parts[:1]
     if not has_splits or _holds_tables(root) or not first or first[0].lower() in of_splits:
         raise UserError(

@@ -15,9 +15,9 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from ..data.formats import EXAMPLES, is_image
 from ..data.loading import build_transform, data_config
 from ..data.reading import UNREADABLE, read_image
-from ..data.sources import EXTENSIONS
 from ..errors import UserError, one_line, require
 from ..files import write_whole
 from ..hub.zoo import check_classifier, class_names, load
@@ -120,11 +120,11 @@ def _find(images: Sequence[str], output: Path) -> list[Path]:
     for given in images:
         path = Path(given).expanduser()
         if os.path.isdir(path):
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and not p.name.startswith("."))
+            inside = sorted(p for p in path.rglob("*") if is_image(p))
             if output.resolve() not in own:
                 inside = [p for p in inside if output.resolve() not in p.resolve().parents]
             if not inside:
-                raise UserError(f"{given} holds no images ({', '.join(EXTENSIONS)})")
+                raise UserError(f"{given} holds no images ({EXAMPLES})")
             found += inside
         elif os.path.exists(path):
             found.append(path)

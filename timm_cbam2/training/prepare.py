@@ -14,6 +14,7 @@ from torch import nn
 from ..data.balance import BalancedSampler
 from ..data.built_in import BUILT_IN
 from ..data.cached import CachedImages
+from ..data.folders import FileSamples
 from ..data.images import Images
 from ..data.loading import ImageDataset, data_config, make_loader
 from ..data.sources import images_of_run
@@ -164,9 +165,9 @@ def fingerprint(images: Images) -> dict[str, Any]:
     digest = hashlib.sha256(repr(images.classes).encode())
     for split, samples in sorted(images.splits.items()):
         digest.update(split.encode() + torch.tensor(samples.labels, dtype=torch.int64).numpy().tobytes())
-        if isinstance(samples.items, list) and all(isinstance(item, str) for item in samples.items):
-            base = os.path.commonpath(samples.items) if samples.items else ""
-            digest.update("\n".join(os.path.relpath(item, base) for item in samples.items).encode())
+        if isinstance(samples, FileSamples):
+            for number, name in enumerate(samples.items.relative()):
+                digest.update(os.fsencode(f"\n{name}" if number else name))
     counts = {split: len(samples) for split, samples in images.splits.items()}
     return {"images": counts, "classes": len(images.classes), "sha256": digest.hexdigest()}
 

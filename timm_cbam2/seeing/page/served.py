@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from PIL import Image
 from timm.models import get_arch_name
 
+from ...data.formats import open_image
 from ...data.reading import UNREADABLE
 from ...errors import UserError
 from ...hub.push import explained, pull
@@ -108,7 +109,7 @@ def check_image(path: str) -> None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is lower
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 width, height = image.size
     except Image.DecompressionBombError as error:
         raise UserError(f"these are too many pixels, {allowed}") from error
