@@ -72,10 +72,26 @@ def test_unreadable_images(run, refused, write_folder, truncate, quick, tmp_path
     refused(*args, "--workers", "1", words=("train/digit1/000.jpg", "--skip-bad-images"))
     result = run(*args, "--skip-bad-images")
     assert result.code == 0 and "2 unreadable images left out" in result.out, result
+    assert result.out.count("left out, since they cannot be read") == 2, result  # one of each split, once
+    bad = [json.loads(line) for line in (tmp_path / "run" / "bad_images.txt").read_text().splitlines()]
+    assert bad == [str(data / "digit1" / "000.jpg"), str(tmp_path / "val" / "digit2" / "000.jpg")]
     last = rows(tmp_path / "run")[-1]
     assert last["bad_images"] == {"train": 1, "val": 1} and last["val_images"] == 15
     result = run("evaluate", tmp_path / "run")
     assert result.code == 0 and "1 unreadable images left out" in result.out, result
+
+
+def test_a_bad_image_that_shows_late(run, refused, write_folder, truncate, quick, tmp_path):
+    """The run goes on without it from where it stopped, and nothing is checked again."""
+    write_folder(tmp_path / "train")
+    late = truncate(write_folder(tmp_path / "val", start=20, count=5) / "digit2" / "000.jpg")
+    args = ("finetune", "--data", tmp_path, *quick, "--output", tmp_path / "run", "--resume", "auto")
+    refused(*args, "--save-every", "1 step", words=("val/digit2/000.jpg", "--skip-bad-images"))
+    late.write_bytes(b"")  # a check in advance would now leave it out, and count it, before any other
+    result = run(*args, "--skip-bad-images")
+    assert result.code == 0 and "going on from" in result.out, result
+    assert "note: --skip-bad-images was False and is now True" in result.out, result
+    assert [row["bad_images"] for row in rows(tmp_path / "run")] == [{"train": 0, "val": 1}] * 2
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

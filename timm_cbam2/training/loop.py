@@ -69,6 +69,7 @@ class Run:
         self.found_bad: dict[str, Any] | None = None
         self.probe: Tensor | None = None
         self.warned: set[str] = set()
+        self.named: set[str] = set()  # unreadable images
         self.exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
         if settings["streaming"]:
             whole = len(self.parts["train"]) // (settings["batch_size"] * accelerator.num_processes)
@@ -93,6 +94,7 @@ class Run:
             for split, indices in at.bad.items():
                 if not self.settings["streaming"]:
                     self.parts[split].bad[indices] = 1
+                    self.named.update(self.parts[split].name(index) for index in indices)
             if self.settings["streaming"] and 0 < at.batch < self.batches:
                 load_place(self.train_loader, at.streams[self.accelerator.process_index])
         if self.accelerator.is_main_process:

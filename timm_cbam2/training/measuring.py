@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from ..files import write_whole
 from ..hub.folder import save
 from .checkpoint import writing
 from .guards import check_validation
@@ -17,6 +19,7 @@ from .progress import tracked
 
 __all__ = ["measure", "record", "save_model"]
 
+NAMED = 5  # unreadable images that are named in a line
 PROBED = 32  # images that an observer looks at: enough to see a spread, few enough to cost little
 
 
@@ -46,7 +49,7 @@ def measure(run: Any) -> dict[str, Any]:
     if run.ema is not None:  # val_… are those of the average, which is what is saved as a model
         row |= {"raw_val_loss": raw.loss.double().mean().item(), "raw_val_accuracy": raw.accuracy()}
     return row | {
-        "bad_images": {split: _bad(run, part) for split, part in run.parts.items()},
+        "bad_images": _bad_images(run),
         "health": observer().measure(run.model if run.ema is None else run.ema.module, _probe(run)),
         "images_per_second": round(run.speed, 1),
         "seconds": round(run.seconds, 2),
@@ -121,6 +124,29 @@ def _probe(run: Any) -> Tensor:
     return run.probe
 
 
-def _bad(run: Any, part: Any) -> int:
-    bad = run.accelerator.reduce(part.bad.to(run.accelerator.device, torch.int32))
-    return int(bad.sum() if run.settings["streaming"] else bad.gt(0).sum())
+def _bad_images(run: Any) -> dict[str, int]:
+    """Unreadable images of each split, over all processes; those not named before are named."""
+    counts = {}
+    for split, part in run.parts.items():
+        bad = run.accelerator.reduce(part.bad.to(run.accelerator.device, torch.int32)).cpu()
+        if run.settings["streaming"]:  # whose images have no number
+            counts[split] = int(bad.sum())
+            continue
+        found = bad.nonzero().flatten().tolist()
+        counts[split] = len(found)
+        if run.accelerator.is_main_process:
+            _name(run, [part.name(index) for index in found])
+    return counts
+
+
+def _name(run: Any, bad: list[str]) -> None:
+    new = [name for name in bad if name not in run.named]
+    if not new:
+        return
+    run.named.update(new)
+    path = run.folder / "bad_images.txt"
+    with writing(path):
+        write_whole(path, "".join(f"{json.dumps(name)}\n" for name in sorted(run.named)).encode())
+    first = ", ".join(json.dumps(name) for name in new[:NAMED])
+    more = f" and {len(new) - NAMED} more" if len(new) > NAMED else ""
+    run.progress.say(f"  left out, since they cannot be read: {first}{more}; all of them in {path}")

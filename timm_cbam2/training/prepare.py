@@ -28,7 +28,7 @@ from .settings import DEFAULT_LR, DROPS, OF_THE_CALL
 
 __all__ = ["build", "check_resumable", "complete", "fingerprint", "make_datasets", "make_loaders", "open_images"]
 
-ADAPTS = ("epochs", "patience", "cpu", "data")  # may change from one part of a run to the next
+ADAPTS = ("epochs", "patience", "cpu", "data", "skip_bad_images")  # may change from one part of a run to the next
 
 
 def open_images(settings: dict[str, Any]) -> Images:
@@ -95,8 +95,9 @@ def make_datasets(
     config: dict[str, Any],
     val_config: dict[str, Any],
     process: tuple[int, int],
+    resumed: bool = False,
 ) -> dict[str, Any]:
-    """The data sets "train" and "val", their files checked as far as that is quick."""
+    """The data sets "train" and "val", their files checked as far as that is quick, if not `resumed`."""
     more = {}
     if settings["auto_augment"]:
         more["auto_augment"] = settings["auto_augment"]
@@ -114,7 +115,8 @@ def make_datasets(
             parts[split] = CachedImages(*arguments)
         else:
             parts[split] = ImageDataset(*arguments, **extra)
-        parts[split].check_headers()
+        if not resumed:
+            parts[split].check_headers()
     return parts
 
 
