@@ -87,9 +87,8 @@ class Run:
         if batch is not None:
             at.batch = batch
         if self.scheduler is not None:
-            self.scheduler.step_update(
-                at.updates
-            )  # a function of the steps, so that more epochs may have been asked for
+            # A function of the steps, so that more epochs may have been asked for.
+            self.scheduler.step_update(at.updates)
         with fitting(checkpoint / "position.safetensors"):
             for split, indices in at.bad.items():
                 if not self.settings["streaming"]:
