@@ -20,6 +20,14 @@ def test_evaluate_reproduces_the_run(run, small_run):
         numbers = json.loads((folder / "evaluate-images-val" / "evaluation.json").read_text())
         assert (numbers["top1"], numbers["loss"]) == (best["val_accuracy"], best["val_loss"])
     assert f"top-1 {100 * best['val_accuracy']:.2f} %" in result.out and "top-3 100.00 %" in result.out
+    low, high = numbers["top1_interval"]
+    assert low < numbers["top1"] < high or numbers["top1"] in (0, 1)
+    assert f"{100 * low:.2f} to {100 * high:.2f} %" in result.out
+    assert f"macro F1 {100 * numbers['macro_f1']:.2f} %" in result.out
+    assert f"(ECE) {100 * numbers['calibration']['ece']:.2f} %" in result.out
+    assert sum(b["images"] for b in numbers["calibration"]["bins"]) == numbers["images"]
+    assert Image.open(folder / "evaluate-images-val" / "reliability.png").size[0] > 300
+    assert "<h2>Calibration</h2>" in (folder / "report.html").read_text()
     matrix = numbers["confusion"]
     assert sum(map(sum, matrix)) == numbers["images"] == best["val_images"]
     assert sum(matrix[i][i] for i in range(3)) / numbers["images"] == numbers["top1"]
@@ -78,11 +86,11 @@ def test_predict(run, refused, small_run, truncate, tmp_path):
     assert [line.partition(": ")[0] for line in lines] == [str(image) for image in images]
     assert all(line.count("digit") >= 2 and line.count(" %") == 2 for line in lines)
 
-    refused("predict", folder, tmp_path, words=(f"a folder: give {tmp_path}/*",))
+    refused("predict", folder, tmp_path, words=(tmp_path, "has no images"))
     bad = truncate(tmp_path / "bad.jpg")
-    result = run("predict", folder, bad, images[0], tmp_path / "none.png", tmp_path)
+    result = run("predict", folder, tmp_path, images[0], tmp_path / "none.png")
     assert result.code == 2 and len(result.err.splitlines()) == 1, result
-    assert all(str(name) in result.err for name in (bad, tmp_path / "none.png", tmp_path))
+    assert all(str(name) in result.err for name in (bad, tmp_path / "none.png", "1 more"))
     assert result.out.splitlines() == [result.out.strip()] and str(images[0]) in result.out  # the good one is answered
 
 

@@ -9,10 +9,10 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 
 from ..errors import UserError
-from .formats import EXAMPLES, image_extensions
+from .formats import EXAMPLES, image_extensions, is_image
 from .images import SPLITS, Images, Samples
 
-__all__ = ["FileSamples", "Paths", "from_folder", "subfolders"]
+__all__ = ["FileSamples", "Paths", "from_folder", "image_files", "subfolders"]
 
 
 class Paths(Sequence[str]):
@@ -73,6 +73,21 @@ class FileSamples(Samples):
 def subfolders(folder: Path) -> list[Path]:
     """Those that can be a class or a split, in order of their names."""
     return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+
+
+def image_files(folder: str | Path) -> list[str]:
+    """The images in a folder and the folders inside it, in order.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = []
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders.sort()
+        files += [os.path.join(root, name) for name in sorted(names) if is_image(name)]
+    if not files:
+        raise UserError(f"{folder} has no images ({EXAMPLES}): give another folder, or files")
+    return files
 
 
 def from_folder(folder: Path) -> Images:

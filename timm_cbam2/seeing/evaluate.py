@@ -1,4 +1,4 @@
-"""Measure a model on labelled images: top-1, top-5, every class, and who is taken for whom."""
+"""Measure a model on labelled images: top-1, top-5, every class, who is taken for whom, and how sure it is of it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from ..errors import UserError, require
 from ..files import write_whole
 from ..hub.zoo import class_names, load, resolve, run_settings, whole_name
 from ..training.predictions import predict_all
+from .calibration import accuracy_interval, calibration, macro_f1, reliability_bytes, said
 from .figures import confusion_picture
+from .views_averaged import TTA_HELP, with_views
 
 __all__ = ["evaluate", "match_classes"]
 
@@ -65,17 +67,18 @@ def evaluate(
     img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column with the images, for a data set in tables.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the labels, for a data set in tables.")] = None,
+    tta: Annotated[str | None, typer.Option(help=TTA_HELP)] = None,
     skip_bad_images: Annotated[bool, typer.Option(help="Count unreadable images and go on.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the picture and the numbers.")] = None,
 ) -> dict[str, Any]:
-    """Measure a model: top-1, top-5, per class, and a confusion matrix as a picture.
+    """Measure a model: top-1 with its 95 % interval, top-5, macro F1, calibration, per class; and draw it.
 
     Raises:
         UserError: no such model or data, labels that do not match, an unreadable image.
     """
     from accelerate import Accelerator
 
-    require("matplotlib")
+    require("matplotlib", "sklearn")
     run = run_settings(model)
     resolve(model)  # a misspelt model is said before the data are read
     if data is None and run is None:
@@ -102,6 +105,8 @@ def evaluate(
     config = data_config(network, img_size, **({} if saved else images.data_config))
     samples = images.splits[split]
     samples.labels = targets[torch.tensor(samples.labels)].tolist()
+    names = class_names(network) or images.classes
+    network, config = with_views(network, config, tta, (run or {}).get("augment"))
     dataset = ImageDataset(samples, config, skip_bad=skip_bad_images or bool(settings.get("skip_bad_images")))
     dataset.check_headers()
     if workers is None:
@@ -112,7 +117,6 @@ def evaluate(
     if not found.loss.isfinite().all():
         raise UserError(f"{model} gives no finite numbers: its training diverged; use an earlier checkpoint")
 
-    names = class_names(accelerator.unwrap_model(network)) or images.classes
     k = found.top.shape[1]
     matrix = found.confusion(len(names))
     counts = matrix.sum(1)
@@ -123,8 +127,12 @@ def evaluate(
         "images": len(found.labels),
         "bad_images": int(dataset.bad.sum()),
         "top1": found.accuracy(),
+        "top1_interval": accuracy_interval(found.correct),
         f"top{k}": found.accuracy(k),
+        "macro_f1": macro_f1(found),
         "loss": found.loss.double().mean().item(),
+        "tta": tta,
+        "calibration": calibration(found.confidence, found.correct),
         "per_class": {
             name: {"images": int(n), "accuracy": int(matrix[i, i]) / int(n)}
             for i, (name, n) in enumerate(zip(names, counts.tolist()))
@@ -163,6 +171,7 @@ def _write(result: dict[str, Any], matrix: Tensor, names: list[str], folder: Pat
     title = f"{result['data']}, {result['split']}: {100 * result['top1']:.2f} % of {result['images']} images"
     with _writing(folder):
         write_whole(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+        write_whole(folder / "reliability.png", reliability_bytes(result["calibration"]))
         confusion_picture(matrix[kept][:, kept], [names[i] for i in kept], folder / "confusion.png", title)
 
 
@@ -171,6 +180,13 @@ def _show(result: dict[str, Any], k: int, folder: Path, notes: list[str]) -> Non
         print(f"note: {note}")
     print(f"{result['model']} on {result['data']}, {result['split']} split, {result['images']} images")
     print(f"  top-1 {100 * result['top1']:.2f} %   top-{k} {100 * result[f'top{k}']:.2f} %   loss {result['loss']:.4f}")
+    low, high = result["top1_interval"]
+    print(
+        f"  95 % interval of top-1: {100 * low:.2f} to {100 * high:.2f} %   macro F1 {100 * result['macro_f1']:.2f} %"
+    )
+    print(f"  {said(result['calibration'])}")
+    if result["tta"]:
+        print(f"  probabilities averaged over views of each image: --tta {result['tta']}")
     if result["bad_images"]:
         print(f"  {result['bad_images']} unreadable images left out")
     rows = sorted(result["per_class"].items(), key=lambda item: item[1]["accuracy"])
@@ -179,4 +195,5 @@ def _show(result: dict[str, Any], k: int, folder: Path, notes: list[str]) -> Non
     print("  per class" + (", the worst 20" if len(rows) > len(shown) else "") + ":")
     for name, row in shown:
         print(f"    {name:<{width}}  {100 * row['accuracy']:6.2f} %  of {row['images']}")
-    print(f"  numbers  {folder / 'evaluation.json'}\n  picture  {folder / 'confusion.png'}")
+    print(f"  numbers  {folder / 'evaluation.json'}")
+    print(f"  pictures {folder / 'confusion.png'}, {folder / 'reliability.png'}")

@@ -18,13 +18,14 @@ from ..errors import UserError
 from ..hub.zoo import class_names, load
 from ..training.predictions import Predictions
 from .attention_picture import LOWERS, NEUTRAL, RAISES, overlay, reach_of, scale_label, short_name, shown_blocks
+from .calibration import calibration, reliability_bytes, said
 from .evaluate import match_classes
 from .explain import Explainer
 from .figures import confusion_picture
 from .html_parts import bytes_image, colour_scale, pixels_image, table
 from .views import Explanation
 
-__all__ = ["Seen", "confusion_part", "look", "mistakes_part"]
+__all__ = ["Seen", "calibration_part", "confusion_part", "look", "mistakes_part"]
 
 MISTAKES = 10
 
@@ -82,15 +83,17 @@ def _predict(model: nn.Module, samples: Samples, names: list[str], seconds: floa
     for x, labels, indices in make_loader(dataset, 32, 0):
         logits = model(x.to(device)).float().cpu()
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
-        parts.append((logits.topk(min(5, logits.shape[1]), dim=1).indices, loss, labels, order[indices]))
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        parts.append((top, loss, labels, logits.softmax(1).amax(1), order[indices]))
         if seconds is not None and time.monotonic() - start > seconds:
             break
-    top, loss, labels, indices = (torch.cat(column) for column in zip(*parts))
-    readable = labels >= 0
+    *found, indices = (torch.cat(column) for column in zip(*parts))
+    readable = found[2] >= 0
     if not readable.any():
         raise UserError("none of the validation images can be read")
-    found = Predictions(top[readable], loss[readable], labels[readable])
-    return Seen(found, samples, indices[readable].tolist(), model.cpu(), names)
+    return Seen(
+        Predictions(*(column[readable] for column in found)), samples, indices[readable].tolist(), model.cpu(), names
+    )
 
 
 def confusion_part(seen: Seen, known: Tensor | None, path: Path) -> str:
@@ -112,6 +115,13 @@ def confusion_part(seen: Seen, known: Tensor | None, path: Path) -> str:
     image = bytes_image(picture, "confusion matrix")
     kind = "plots" if len(kept) <= 12 else "scroll wide"  # more would be too small to read on a phone
     return f'<h2>Confusion</h2><div class="{kind}">{image}</div>{some}{often}'
+
+
+def calibration_part(seen: Seen) -> str:
+    """Whether the model is right as often as it is sure to be, as HTML."""
+    found = calibration(seen.found.confidence, seen.found.correct)
+    picture = bytes_image(reliability_bytes(found), "accuracy against confidence")
+    return f'<h2>Calibration</h2><p>{said(found)}</p><div class="plots">{picture}</div>{seen.some()}'
 
 
 def mistakes_part(seen: Seen) -> str:

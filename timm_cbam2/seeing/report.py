@@ -22,7 +22,7 @@ from .attention_picture import BRANCH_COLOURS, FUSION_COLOURS
 from .figures import draw_accuracy, draw_loss, figure_bytes
 from .health_picture import health_panels, health_rows
 from .html_parts import bytes_image, page, side_by_side, stacked_bars, table
-from .mistakes import confusion_part, look, mistakes_part
+from .mistakes import calibration_part, confusion_part, look, mistakes_part
 
 __all__ = ["report", "write_report"]
 
@@ -126,7 +126,7 @@ def _errors(settings: Mapping[str, Any], seconds: float | None, confusion: Tenso
         seen = look(settings, seconds)
     except UserError as error:
         return f'<h2>Mistakes</h2><p class="note">Not measured: {escape(str(error))}</p>'
-    return confusion_part(seen, confusion, folder / "confusion.png") + mistakes_part(seen)
+    return confusion_part(seen, confusion, folder / "confusion.png") + calibration_part(seen) + mistakes_part(seen)
 
 
 def _health(rows: Sequence[dict[str, Any]], folder: Path) -> str:

@@ -16,11 +16,21 @@ __all__ = ["Predictions", "predict_all"]
 
 @dataclass
 class Predictions:
-    """What a model said about N images: its k best classes (N, k), the loss (N,) and the true class (N,)."""
+    """What a model said about N images.
+
+    `top` (N, k) are its k best classes, `loss` (N,) the loss, `labels` (N,) the true classes, and `confidence` (N,) the
+    probability that it gives its best class.
+    """
 
     top: Tensor
     loss: Tensor
     labels: Tensor
+    confidence: Tensor
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the best class is the true one, (N,)."""
+        return self.top[:, 0] == self.labels
 
     def accuracy(self, k: int = 1) -> float:
         """Share of the images whose true class is among the k best."""
@@ -66,21 +76,21 @@ def predict_all(
             logits = run(images).float()
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        found = (top, loss, labels)
+        found = (top, loss, labels, logits.softmax(1).amax(1))
         parts.append([t.cpu() for t in (accelerator.gather_for_metrics(found) if prepared else found)])
     model.train(training)
     if not parts:  # this process's share of a stream is empty
         top = torch.zeros(0, min(5, accelerator.unwrap_model(model).num_classes), dtype=torch.int64)
-        parts.append([top, torch.zeros(0), torch.zeros(0, dtype=torch.int64)])
-    top, loss, labels = (torch.cat(column) for column in zip(*parts))
+        parts.append([top, torch.zeros(0), torch.zeros(0, dtype=torch.int64), torch.zeros(0)])
+    columns = [torch.cat(column) for column in zip(*parts)]
     if not prepared:
-        on_device = [t.to(accelerator.device) for t in (top, loss, labels)]
+        on_device = [t.to(accelerator.device) for t in columns]
         padded = [accelerator.pad_across_processes(t, pad_index=-1) for t in on_device]
-        top, loss, labels = (accelerator.gather(t).cpu() for t in padded)
-    seen = labels >= 0
+        columns = [accelerator.gather(t).cpu() for t in padded]
+    seen = columns[2] >= 0
     if not seen.any():
         raise UserError("none of the images to measure on can be read")
-    return Predictions(top[seen], loss[seen], labels[seen])
+    return Predictions(*(column[seen] for column in columns))
 
 
 def _while_any(accelerator: Any, loader: DataLoader) -> Iterator[Any]:
