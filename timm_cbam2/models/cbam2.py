@@ -17,6 +17,7 @@ import torch.nn as nn
 from timm.layers import register_notrace_module
 
 from .channel_cbam2 import ChannelAttn
+from .decisions_cbam2 import statistics_kept
 from .fused_cbam2 import can_fuse, fused, fused_without_grad
 from .options_cbam2 import complete_options
 from .parts_cbam2 import no_autocast
@@ -31,7 +32,7 @@ class CbamAttention(NamedTuple):
     channel_mask: torch.Tensor  # (B, C, 1, 1)
     fusion_weights: Optional[torch.Tensor]  # (B, 2), average and maximum; None unless fusion="router"
     spatial_mask: torch.Tensor  # (B, 1, H, W)
-    router_weights: torch.Tensor  # (B, K), one per branch, the dilated branch last
+    router_weights: torch.Tensor  # (B, K), one per branch, the dilated last; (B, K, H, W) with router_pool="none"
 
 
 def resolve_options(options: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
@@ -58,6 +59,8 @@ def resolve_options(options: Optional[Mapping[str, Any]] = None) -> Dict[str, An
 class Cbam2(nn.Module):
     """Channel attention, then spatial attention (see this module's docstring for the papers)."""
 
+    is_plain: bool  # has options that only the plain path knows
+
     def __init__(
         self,
         channels: int,
@@ -78,6 +81,10 @@ class Cbam2(nn.Module):
         dtype=None,
         *,
         center: bool = False,
+        center_spatial: bool = False,
+        squeeze_norm: bool = False,
+        router_norm: bool = False,
+        learned_maps: int = 0,
     ) -> None:
         """
         Args:
@@ -90,7 +97,10 @@ class Cbam2(nn.Module):
             gate: Gate of both masks.
             device: Device of the parameters.
             dtype: Data type of the parameters.
-            center: See `ChannelAttn` and `SpatialAttn`; on in no registered model unless asked for.
+            center: See `ChannelAttn` and `SpatialAttn`; on in no registered model unless asked for, as all below.
+            center_spatial: See `SpatialAttn`, as for learned_maps.
+            squeeze_norm: See `ChannelAttn`.
+            router_norm: Of both routers, see `ChannelAttn` and `SpatialAttn`.
 
         Raises:
             ValueError: For an option that is not allowed.
@@ -102,15 +112,32 @@ class Cbam2(nn.Module):
             learnable_temperature=learnable_temperature,
             gate=gate,
             center=center,
+            router_norm=router_norm,
             device=device,
             dtype=dtype,
         )
         self.channel = ChannelAttn(
-            channels, rd_ratio, rd_channels, rd_divisor, fusion=fusion, mlp_bias=mlp_bias, **shared
+            channels,
+            rd_ratio,
+            rd_channels,
+            rd_divisor,
+            fusion=fusion,
+            mlp_bias=mlp_bias,
+            squeeze_norm=squeeze_norm,
+            **shared,
         )
         self.spatial = SpatialAttn(
-            kernel_sizes=kernel_sizes, dilated=dilated, coords=coords, router_pool=router_pool, **shared
+            kernel_sizes=kernel_sizes,
+            dilated=dilated,
+            coords=coords,
+            router_pool=router_pool,
+            center_spatial=center_spatial,
+            learned_maps=learned_maps,
+            channels=channels,
+            **shared,
         )
+
+        self.is_plain = squeeze_norm or router_norm or learned_maps > 0 or router_pool == "none"
 
     def reset_parameters(self) -> None:
         """Initialise anew; with gate="unit_sigmoid" the block is then exactly the identity."""
@@ -182,7 +209,7 @@ def record_attention(model: nn.Module) -> Iterator[Dict[str, CbamAttention]]:
     def recorder(name: str):
         def hook(block: Cbam2, args: Tuple[torch.Tensor, ...], kwargs: Dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["x"]
-            with torch.no_grad():
+            with torch.no_grad(), statistics_kept(block):
                 records[name] = block.forward(x.detach(), return_attention=True)[1]
 
         return hook

@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import make_divisible
 
+from .decisions_cbam2 import DecisionNorm
 from .options_cbam2 import MAX_COUNT, check_options
 from .parts_cbam2 import Fc, Router, Temperature, apply_gate, compute_dtype, no_autocast, reset_convs
 
@@ -35,6 +36,8 @@ class ChannelAttn(nn.Module):
         dtype=None,
         *,
         center: bool = False,
+        squeeze_norm: bool = False,
+        router_norm: bool = False,
     ) -> None:
         """
         Args:
@@ -52,6 +55,8 @@ class ChannelAttn(nn.Module):
             dtype: Data type of the parameters.
             center: Take the mean over channels off the gate's input, so that the mask redistributes and cannot merely
                 scale.
+            squeeze_norm: Normalise both squeezes over the batch, so that the mask sees how an image differs from others.
+            router_norm: Normalise the router's logits over the batch, so that over the data no squeeze leads by itself.
 
         Raises:
             ValueError: For an option that is not allowed.
@@ -70,7 +75,8 @@ class ChannelAttn(nn.Module):
         self.is_sum = fusion == "sum"
         self.fc1 = Fc(channels, rd_channels, mlp_bias, **dd)
         self.fc2 = Fc(rd_channels, channels, mlp_bias, **dd)
-        self.router = Router(2 * channels, router_channels, 2, **dd) if fusion == "router" else None
+        self.router = Router(2 * channels, router_channels, 2, norm=router_norm, **dd) if fusion == "router" else None
+        self.norm = DecisionNorm(2 * channels, **dd) if squeeze_norm else None
         self.register_parameter("fusion_logits", nn.Parameter(torch.empty(2, **dd)) if fusion == "static" else None)
         self.temperature = Temperature(temperature, learnable_temperature, **dd)
         self.reset_parameters()
@@ -88,7 +94,10 @@ class ChannelAttn(nn.Module):
     def mask_of(self, s_avg: torch.Tensor, s_max: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The mask (B, C), and the fusion weights (B, 2) or None, of the two squeezes (B, C)."""
         dtype = s_avg.dtype
-        batch = s_avg.shape[0]
+        batch, channels = s_avg.shape
+        if self.norm is not None:
+            both = self.norm(torch.cat([s_avg, s_max], 1))
+            s_avg, s_max = both[:, :channels], both[:, channels:]
         both = F.relu(self.fc1(torch.cat([s_avg, s_max])))  # (2B, R)
         hidden_avg, hidden_max = both[:batch], both[batch:]  # ONNX cannot fold a dynamic chunk
         weights: Optional[torch.Tensor] = None

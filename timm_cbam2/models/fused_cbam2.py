@@ -26,6 +26,7 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and x.numel() > 0
+        and not block.is_plain
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
         and forward_ad._current_level < 0
         and all(_is_bare(module, module is block) for module in block.modules())

@@ -12,7 +12,7 @@ MAX_COUNT = 2**16
 MAX_FOOTPRINT = 1023  # of a branch, dilation counted
 TEMPERATURE_EPS = 1e-6  # a learnable temperature never falls below it
 FUSIONS = ("router", "static", "sum")
-ROUTER_POOLS = ("avg", "moments")
+ROUTER_POOLS = ("avg", "moments", "none")
 GATES = ("sigmoid", "hard_sigmoid", "unit_sigmoid")
 
 
@@ -63,6 +63,13 @@ _RULES = {
     "gate": _one_of(*GATES),
     "mlp_bias": _FLAG,
     "center": _FLAG,
+    "center_spatial": _FLAG,
+    "squeeze_norm": _FLAG,
+    "router_norm": _FLAG,
+    "learned_maps": (
+        lambda v: v == 0 and not isinstance(v, bool) or _is_count(v),
+        f"a whole number from 0 to {MAX_COUNT}",
+    ),
 }
 
 

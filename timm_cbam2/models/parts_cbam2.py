@@ -7,7 +7,9 @@ from typing import Final, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from .decisions_cbam2 import DecisionNorm
 from .options_cbam2 import TEMPERATURE_EPS
 
 __all__ = [
@@ -69,13 +71,19 @@ class Fc(nn.Conv2d):
 class Router(nn.Module):
     """A two-layer perceptron whose softmax mixes `choices` things per sample."""
 
-    def __init__(self, in_features: int, hidden: int, choices: int, device=None, dtype=None) -> None:
+    def __init__(
+        self, in_features: int, hidden: int, choices: int, device=None, dtype=None, norm: bool = False
+    ) -> None:
         super().__init__()
         self.fc1 = Fc(in_features, hidden, True, device, dtype)
         self.fc2 = Fc(hidden, choices, True, device, dtype)
+        self.norm = DecisionNorm(choices, device=device, dtype=dtype) if norm else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.relu(self.fc1(x))).softmax(-1)  # (B, choices)
+        z = self.fc2(F.relu(self.fc1(x)))
+        if self.norm is not None:
+            z = self.norm(z)
+        return z.softmax(-1)  # (B, choices)
 
 
 class Temperature(nn.Module):
@@ -114,7 +122,7 @@ class Temperature(nn.Module):
 
 def reset_convs(module: nn.Module) -> None:
     for child in module.modules():
-        if isinstance(child, (nn.Conv2d, Temperature)):
+        if isinstance(child, (nn.Conv2d, _BatchNorm, Temperature)):
             child.reset_parameters()
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .decisions_cbam2 import LearnedMaps, PositionRouter
 from .options_cbam2 import check_options
 from .parts_cbam2 import (
     Branch,
@@ -30,6 +31,7 @@ class SpatialAttn(nn.Module):
     moments: Final[bool]
     coords: Final[bool]
     center: Final[bool]
+    by_position: Final[bool]
 
     def __init__(
         self,
@@ -45,6 +47,10 @@ class SpatialAttn(nn.Module):
         dtype=None,
         *,
         center: bool = False,
+        center_spatial: bool = False,
+        router_norm: bool = False,
+        learned_maps: int = 0,
+        channels: Optional[int] = None,
     ) -> None:
         """
         Args:
@@ -52,30 +58,42 @@ class SpatialAttn(nn.Module):
             kernel_sizes: One branch for each; an even size is raised to the next odd one.
             dilated: (kernel size, dilation) of one more branch, the last; None for none.
             coords: Give the branches coordinate maps beside the average and the maximum over channels.
-            router_pool: "avg" shows the router the mean of each map, "moments" also where the average is large.
+            router_pool: "avg" shows the router the mean of each map, "moments" also where the average is large; with
+                "none" it decides at every position, from the maps around it.
             temperature: Starting value of the number that divides the gate's input.
             learnable_temperature: Train the temperature; otherwise it is a saved buffer.
             gate: "sigmoid", "hard_sigmoid" or "unit_sigmoid" (2·sigmoid, 1 at 0: a fresh layer is the identity).
             device: Device of the parameters.
             dtype: Data type of the parameters.
             center: Take the mean over positions off the gate's input.
+            center_spatial: The same; in `Cbam2` for this part alone.
+            router_norm: Normalise the router's logits over the batch, so that over the data no branch leads by itself.
+            learned_maps: So many maps more, learned weighted sums of the channels, normalised over the batch.
+            channels: Number of input channels, needed for `learned_maps`.
 
         Raises:
             ValueError: For an option that is not allowed.
         """
         check_options(locals())
+        if learned_maps and channels is None:
+            raise ValueError(f"learned_maps={learned_maps} is not allowed without channels; give the number of them.")
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.gate = gate
         self.coords = coords
-        self.center = center
+        self.center = center or center_spatial
         self.moments = router_pool == "moments"
-        maps = 4 if coords else 2
+        self.by_position = router_pool == "none"
+        maps = (4 if coords else 2) + learned_maps
         shapes = [(k, 1) for k in kernel_sizes] + ([tuple(dilated)] if dilated else [])
         self.branches = nn.ModuleList(Branch(maps, k + 1 - k % 2, dilation, **dd) for k, dilation in shapes)
         self.conv: Optional[nn.Conv2d] = None  # the branches in one, after `reparameterize`
         self.footprint = max(branch.footprint for branch in self.branches)
-        self.router = Router(maps, router_channels, len(shapes), **dd)
+        if self.by_position:
+            self.router: nn.Module = PositionRouter(maps, len(shapes), router_norm, **dd)
+        else:
+            self.router = Router(maps, router_channels, len(shapes), norm=router_norm, **dd)
+        self.learned = LearnedMaps(channels, learned_maps, **dd) if learned_maps else None
         self.temperature = Temperature(temperature, learnable_temperature, **dd)
         self.reset_parameters()
 
@@ -117,32 +135,46 @@ class SpatialAttn(nn.Module):
         dtype: torch.dtype,
         windows: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None,
     ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
-        """What does not depend on the input: the kernel (K, 2, f, f) of avg and max, and what the coordinates add
+        """What does not depend on the input: the kernel (K, 2 + P, f, f) of the maps, and what the coordinates add
         (K, H, W), None without them. `windows` are those of `coordinate_windows` where the caller keeps them."""
         kernel = self.kernel(dtype)
         place: Optional[torch.Tensor] = None
         if self.coords:
             if windows is None:
                 windows = coordinate_windows(height, width, self.footprint, kernel.device, dtype)
-            place = convolve_coordinates(kernel[:, 2:], windows)
-        return kernel[:, :2], place
+            place = convolve_coordinates(kernel[:, 2:4], windows)
+            kernel = torch.cat([kernel[:, :2], kernel[:, 4:]], 1) if self.learned is not None else kernel[:, :2]
+        return kernel, place
 
     def route(self, maps: torch.Tensor) -> torch.Tensor:
-        """The router weights (B, K) of the average and maximum maps (B, 2, H, W)."""
+        """The router weights (B, K), or by position (B, K, H, W), of average, maximum and learned maps."""
+        if self.by_position:
+            return self.router(self.with_coordinates(maps))
         height, width = maps.shape[2:]
-        pooled = maps.mean((2, 3))  # (B, 2)
+        pooled = maps.mean((2, 3))  # (B, 2 + P)
+        learned = pooled[:, 2:]
+        pooled = pooled[:, :2]
         if self.moments:
             across = maps[:, 0].mean(1) @ coordinates(width, maps.device, maps.dtype)
             down = maps[:, 0].mean(2) @ coordinates(height, maps.device, maps.dtype)
             pooled = torch.cat([pooled, torch.stack([across / width, down / height], 1)], 1)
         elif self.coords:
             pooled = F.pad(pooled, [0, 2])  # the mean of a symmetric coordinate is 0
-        return self.router(pooled)
+        return self.router(pooled if self.learned is None else torch.cat([pooled, learned], 1))
+
+    def with_coordinates(self, maps: torch.Tensor) -> torch.Tensor:
+        """Average, maximum and learned maps (B, 2 + P, H, W) with the coordinates between them, as they are stored."""
+        if not self.coords:
+            return maps
+        one = maps[:, :1]
+        across = coordinates(maps.shape[3], maps.device, maps.dtype).expand_as(one)
+        down = coordinates(maps.shape[2], maps.device, maps.dtype)[:, None].expand_as(one)
+        return torch.cat([maps[:, :2], across, down, maps[:, 2:]], 1)
 
     def mask_of(
         self, maps: torch.Tensor, kernel: torch.Tensor, place: Optional[torch.Tensor]
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, H, W) and the router weights (B, K) of the average and maximum over channels (B, 2, H, W).
+        """The mask (B, H, W) and the router weights, see `route`, of average, maximum and learned maps (B, 2 + P, H, W).
 
         `kernel` and `place` are those of `prepare`.
         """
@@ -152,9 +184,12 @@ class SpatialAttn(nn.Module):
         return self.mix(z, self.route(maps))
 
     def mix(self, z: torch.Tensor, weights: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, H, W) and the router weights (B, K), given those and what the branches give (B, K, H, W)."""
+        """The mask (B, H, W) and the router weights, given those and what the branches give (B, K, H, W)."""
         batch, _, height, width = z.shape
-        z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
+        if self.by_position:
+            z = (weights * z).sum(1)
+        else:
+            z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
         if self.center:
             z = z - z.mean((1, 2), keepdim=True)
         return apply_gate(z / self.temperature(z.dtype), self.gate), weights
@@ -167,14 +202,9 @@ class SpatialAttn(nn.Module):
 
     @torch.jit.unused
     def call_branches(self, maps: torch.Tensor) -> torch.Tensor:
-        """What the branches give (B, K, H, W) of maps (B, 2, H, W), each convolution being called: its hooks run."""
-        if self.coords:
-            one = maps[:, :1]
-            across = coordinates(maps.shape[3], maps.device, maps.dtype).expand_as(one)
-            down = coordinates(maps.shape[2], maps.device, maps.dtype)[:, None].expand_as(one)
-            maps = torch.cat([maps, across, down], 1)
+        """What the branches give (B, K, H, W) of maps (B, 2 + P, H, W), each convolution being called: its hooks run."""
         convs = list(self.branches) if self.conv is None else [self.conv]
-        given = maps.to(next(self.router.parameters()).dtype)
+        given = self.with_coordinates(maps).to(next(self.router.parameters()).dtype)
         return torch.cat([conv(given) for conv in convs], 1).to(maps.dtype)
 
     @torch.jit.ignore
@@ -212,11 +242,13 @@ class SpatialAttn(nn.Module):
         return apply_gate(z / self.temperature(avg.dtype), self.gate)
 
     def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, 1, H, W) in y's dtype and the router weights (B, K) of y (B, C, H, W)."""
+        """The mask (B, 1, H, W) in y's dtype and the router weights (B, K), or (B, K, H, W), of y (B, C, H, W)."""
         dtype = compute_dtype(y)
         # Kept dimensions and `cat`, not `stack`: a view is what inductor cannot keep for a backward of free height and
         # width.
         maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), y.amax(1, keepdim=True).to(dtype)], 1)
+        if self.learned is not None:
+            maps = torch.cat([maps, self.learned(y, dtype)], 1)
         if not torch.jit.is_scripting() and self.is_watched():
             mask, weights = self.mix(self.call_branches(maps), self.route(maps))
         else:
@@ -227,7 +259,8 @@ class SpatialAttn(nn.Module):
         """
         Args:
             y: Features (B, C, H, W).
-            return_attention: Return (out, mask (B, 1, H, W), router weights (B, K)) instead of out.
+            return_attention: Return (out, mask (B, 1, H, W), router weights (B, K)) instead of out; those are
+                (B, K, H, W) with router_pool="none".
         """
         if torch.jit.is_scripting():
             return y * self.attend(y)[0]

@@ -1,0 +1,80 @@
+"""What may stand before a decision of a CBAM2 block: norms over the batch, learned maps, a router for every position."""
+
+import contextlib
+from typing import Iterator
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+__all__ = ["DecisionNorm", "LearnedMaps", "PositionRouter", "statistics_kept"]
+
+
+class DecisionNorm(nn.BatchNorm1d):
+    """BatchNorm of numbers (B, N), or of maps (B, N, H, W) over positions too, in their own dtype.
+
+    A single number of each kind has no spread: while training, too, it is measured by what was seen before.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        assert mean is not None and var is not None  # for TorchScript
+        from_batch = self.training and x.numel() > x.shape[1]
+        own_mean, own_var = mean.to(x.dtype), var.to(x.dtype)
+        if from_batch and not self.track_running_stats:
+            own_mean, own_var = own_mean.clone(), own_var.clone()
+        momentum = 0.0 if self.momentum is None else self.momentum
+        y = F.batch_norm(x, own_mean, own_var, weight.to(x.dtype), bias.to(x.dtype), from_batch, momentum, self.eps)
+        if from_batch and self.track_running_stats and x.dtype != mean.dtype:
+            mean.copy_(own_mean)
+            var.copy_(own_var)
+        return y
+
+
+@contextlib.contextmanager
+def statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Meanwhile norms of `module` in training mode look at the batch and leave their running statistics as they are."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+class LearnedMaps(nn.Module):
+    """Maps that are learned weighted sums of the channels, normalised over the batch: what average and maximum over
+    channels cannot tell, for instance where a kind of object is."""
+
+    def __init__(self, channels: int, maps: int, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(channels, maps, 1, bias=False, **dd)
+        self.norm = DecisionNorm(maps, **dd)
+
+    def forward(self, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Features (B, C, H, W) to maps (B, P, H, W) in `dtype`."""
+        return self.norm(F.conv2d(y.to(dtype), self.conv.weight.to(dtype)))
+
+
+class PositionRouter(nn.Module):
+    """A 3x3 convolution over the maps whose softmax mixes `choices` things at every position."""
+
+    def __init__(self, maps: int, choices: int, norm: bool, device=None, dtype=None) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.conv = nn.Conv2d(maps, choices, 3, padding=1, **dd)
+        self.norm = DecisionNorm(choices, **dd) if norm else None
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (B, S, H, W) to weights (B, choices, H, W)."""
+        bias = self.conv.bias
+        if bias is not None:
+            bias = bias.to(maps.dtype)
+        z = F.conv2d(maps, self.conv.weight.to(maps.dtype), bias, padding=1)
+        if self.norm is not None:
+            z = self.norm(z)
+        return z.softmax(1)
