@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from randomise import randomise
 
-from timm_cbam2 import Cbam2, record_attention
+from timm_cbam2 import Cbam2, SpatialAttn, record_attention
 from timm_cbam2.models.decisions_cbam2 import statistics_kept
 
 OPTIONS = [
@@ -177,3 +177,5 @@ def test_a_network_with_all_of_them(tmp_path):
 def test_mistakes(options, text):
     with pytest.raises(ValueError, match=text):
         Cbam2(8, **options)
+    with pytest.raises(ValueError, match="learned_maps=2 is not allowed without in_channels"):
+        SpatialAttn(learned_maps=2)

@@ -133,7 +133,7 @@ class Cbam2(nn.Module):
             router_pool=router_pool,
             center_spatial=center_spatial,
             learned_maps=learned_maps,
-            channels=channels,
+            in_channels=channels,
             **shared,
         )
 

@@ -55,7 +55,7 @@ class ChannelAttn(nn.Module):
             dtype: Data type of the parameters.
             center: Take the mean over channels off the gate's input, so that the mask redistributes and cannot merely
                 scale.
-            squeeze_norm: Normalise both squeezes over the batch, so that the mask sees how an image differs from others.
+            squeeze_norm: Normalise both squeezes over the batch, so that the mask sees how an image differs.
             router_norm: Normalise the router's logits over the batch, so that over the data no squeeze leads by itself.
 
         Raises:

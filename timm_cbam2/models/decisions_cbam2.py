@@ -1,4 +1,4 @@
-"""What may stand before a decision of a CBAM2 block: norms over the batch, learned maps, a router for every position."""
+"""What may stand before a decision of CBAM2: norms over the batch, learned maps, a router for every position."""
 
 import contextlib
 from typing import Iterator

@@ -50,7 +50,7 @@ class SpatialAttn(nn.Module):
         center_spatial: bool = False,
         router_norm: bool = False,
         learned_maps: int = 0,
-        channels: Optional[int] = None,
+        in_channels: Optional[int] = None,
     ) -> None:
         """
         Args:
@@ -69,14 +69,14 @@ class SpatialAttn(nn.Module):
             center_spatial: The same; in `Cbam2` for this part alone.
             router_norm: Normalise the router's logits over the batch, so that over the data no branch leads by itself.
             learned_maps: So many maps more, learned weighted sums of the channels, normalised over the batch.
-            channels: Number of input channels, needed for `learned_maps`.
+            in_channels: Number of input channels, needed for `learned_maps`.
 
         Raises:
             ValueError: For an option that is not allowed.
         """
         check_options(locals())
-        if learned_maps and channels is None:
-            raise ValueError(f"learned_maps={learned_maps} is not allowed without channels; give the number of them.")
+        if learned_maps and in_channels is None:
+            raise ValueError(f"learned_maps={learned_maps} is not allowed without in_channels; give their number.")
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.gate = gate
@@ -93,7 +93,7 @@ class SpatialAttn(nn.Module):
             self.router: nn.Module = PositionRouter(maps, len(shapes), router_norm, **dd)
         else:
             self.router = Router(maps, router_channels, len(shapes), norm=router_norm, **dd)
-        self.learned = LearnedMaps(channels, learned_maps, **dd) if learned_maps else None
+        self.learned = LearnedMaps(in_channels, learned_maps, **dd) if learned_maps else None
         self.temperature = Temperature(temperature, learnable_temperature, **dd)
         self.reset_parameters()
 
@@ -174,7 +174,7 @@ class SpatialAttn(nn.Module):
     def mask_of(
         self, maps: torch.Tensor, kernel: torch.Tensor, place: Optional[torch.Tensor]
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """The mask (B, H, W) and the router weights, see `route`, of average, maximum and learned maps (B, 2 + P, H, W).
+        """The mask (B, H, W) and the router weights, see `route`, of all maps but coordinates (B, 2 + P, H, W).
 
         `kernel` and `place` are those of `prepare`.
         """
@@ -202,7 +202,7 @@ class SpatialAttn(nn.Module):
 
     @torch.jit.unused
     def call_branches(self, maps: torch.Tensor) -> torch.Tensor:
-        """What the branches give (B, K, H, W) of maps (B, 2 + P, H, W), each convolution being called: its hooks run."""
+        """What the branches give (B, K, H, W) of maps (B, 2 + P, H, W), each convolution being called for its hooks."""
         convs = list(self.branches) if self.conv is None else [self.conv]
         given = self.with_coordinates(maps).to(next(self.router.parameters()).dtype)
         return torch.cat([conv(given) for conv in convs], 1).to(maps.dtype)
