@@ -14,7 +14,16 @@ from timm.utils import reparameterize_model
 from timm_cbam2 import CbamAttention, record_attention
 from timm_cbam2.data.loading import build_transform, data_config
 from timm_cbam2.data.reading import read_image
-from timm_cbam2.seeing.attention_picture import LOWERS, NEUTRAL, RAISES, draw, overlay, reach_of
+from timm_cbam2.seeing.attention_picture import (
+    BRANCH_COLOURS,
+    LOWERS,
+    NEUTRAL,
+    RAISES,
+    draw,
+    overlay,
+    reach_of,
+    scale_overlay,
+)
 from timm_cbam2.seeing.explain import Explainer
 from timm_cbam2.seeing.health import measure
 from timm_cbam2.seeing.views import BlockView
@@ -110,10 +119,11 @@ OPTIONS = [
     dict(fusion="static", temperature=3.0),
     dict(fusion="sum", gate="sigmoid", kernel_sizes=(3, 9), dilated=None),
     dict(gate="hard_sigmoid", learnable_temperature=False, coords=False),
+    dict(router_pool="none", router_norm=True, learned_maps=2, squeeze_norm=True),
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["static", "sum", "hard"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["static", "sum", "hard", "by position"])
 def test_every_kind_of_block_is_drawn(options, digits, tmp_path):
     """Beside a network of another family, with one channel; what is drawn is what the block says."""
     one = randomise(timm.create_model("test_resnet_cbam2", num_classes=3, cbam2=options))
@@ -125,10 +135,41 @@ def test_every_kind_of_block_is_drawn(options, digits, tmp_path):
     assert (first.fusion is None) == (options.get("fusion") == "sum")
     assert len(first.branches) == first.attention.router_weights.shape[1]
     assert first.neutral == (0.5 if "gate" in options else 1.0)
+    assert first.by_position == (options.get("router_pool") == "none") and first.shares.sum() == pytest.approx(1)
     draw(explanations, tmp_path / "two.png", "$\\frac", every_block=True)
     draw(explanations[:1], tmp_path / "one.png", "a name")
     with Image.open(tmp_path / "one.png") as single, Image.open(tmp_path / "two.png") as both:
         assert both.width > 1.3 * single.width  # side by side
+
+
+def test_routing_by_position_is_a_picture():
+    """Each position has the colour of the branch that was chosen there."""
+    weights = torch.zeros(1, 3, 1, 4)
+    weights[0, [0, 2, 1, 1], 0, range(4)] = 1
+    attention = CbamAttention(torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, 4), weights)
+    block = BlockView("layer1.0.se", "layer1", attention, ("3x3", "5x5", "7x7"), None, (1.0, 1.0), 1.0)
+    tinted = scale_overlay(np.ones((1, 4, 3)), block)[0]
+    wanted = [BRANCH_COLOURS[i] for i in (0, 2, 1, 1)]
+    assert ["#" + bytes(p.tolist()).hex() for p in tinted] == wanted
+    assert block.shares.tolist() == [0.25, 0.5, 0.25]
+
+
+def test_masks_lie_over_the_image_itself():
+    """Not over the copy that a small network sees: the same cut, at the image's own resolution up to a limit."""
+    network = randomise(timm.create_model("resnet20_cbam2", num_classes=3))
+    ramp = np.linspace(0, 255, 600).astype(np.uint8)
+    image = Image.fromarray(np.stack([np.tile(ramp, (300, 1))] * 3, 2))  # 600 wide, 300 high
+    found = Explainer("network", model=network)(image)
+    assert found.pixels.shape == (32, 32, 3) and found.picture.shape == found.shown.shape == (300, 300, 3)
+    assert overlay(found.shown, found.blocks[-1], 1.0).shape == (300, 300, 3)
+    for seen in (found.pixels, found.picture):  # the middle of the image
+        assert seen[:, 0].mean() == pytest.approx(0.25, abs=0.03) and seen[:, -1].mean() == pytest.approx(
+            0.75, abs=0.03
+        )
+    large = Explainer("network", model=network)(image.resize((2400, 1200)))
+    assert large.picture.shape == (448, 448, 3)
+    small = Explainer("network", model=network)(image.resize((40, 20)))
+    assert small.picture is None and small.shown is small.pixels
 
 
 def test_the_tint_is_the_colour_scale():

@@ -302,7 +302,7 @@ def test_health_tells_collapse_and_saturation():
     texts = [text for text in found["warnings"] if text.startswith("layer1.0.se")]
     assert any("'7x7' takes 100 %" in text and "collapse" in text for text in texts), texts
     assert any("squeeze weighs the same" in text and "uniform" in text for text in texts), texts
-    assert any("channel mask is at an end of its gate" in text for text in texts), texts
+    assert any("channel mask is at an end of its gate for every image" in text for text in texts), texts
     json.dumps(found)
     assert measure(timm.create_model("resnet20"), images) is None
     assert np.isfinite(found["blocks"]["layer1.0.se"]["fusion_entropy"])

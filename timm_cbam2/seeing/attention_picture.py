@@ -20,6 +20,7 @@ __all__ = [
     "draw",
     "overlay",
     "reach_of",
+    "scale_overlay",
     "shown_blocks",
 ]
 
@@ -63,20 +64,51 @@ def overlay(pixels: np.ndarray, block: BlockView, reach: float, side: int = 0) -
     import torch
     import torch.nn.functional as F
 
+    grey = _grey(pixels, side)
+    mask = block.attention.spatial_mask[:1].float().cpu()  # (1, 1, h, w)
+    mask = F.interpolate(mask, grey.shape, mode="bilinear", align_corners=False)[0, 0]
+    away = ((mask - block.neutral) / reach).clamp(-1, 1)[..., None]
+    lowers, neutral, raises = (torch.tensor(_rgb(c)) for c in (LOWERS, NEUTRAL, RAISES))
+    colour = neutral + away.clamp(min=0) * (raises - neutral) - away.clamp(max=0) * (lowers - neutral)
+    return (colour * (0.6 + 0.4 * grey[..., None])).round().to(torch.uint8).numpy()
+
+
+def scale_overlay(pixels: np.ndarray, block: BlockView, side: int = 0) -> np.ndarray:
+    """The image in grey, tinted by which branches the router of a block with routing by position chose where.
+
+    Args:
+        pixels: (H, W, 3) in [0, 1].
+        block: whose router weights mix `BRANCH_COLOURS` at every position.
+        side: see `overlay`.
+
+    Returns:
+        (H', W', 3) uint8.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    grey = _grey(pixels, side)
+    weights = block.attention.router_weights[:1].float().cpu()  # (1, K, h, w)
+    weights = F.interpolate(weights, grey.shape, mode="bilinear", align_corners=False)[0]
+    colours = [_rgb(BRANCH_COLOURS[i % len(BRANCH_COLOURS)]) for i in range(len(weights))]
+    colour = torch.einsum("khw,kc->hwc", weights, torch.tensor(colours, dtype=torch.float32))
+    return (colour * (0.6 + 0.4 * grey[..., None])).round().clamp(0, 255).to(torch.uint8).numpy()
+
+
+def _grey(pixels: np.ndarray, side: int) -> Any:
+    """Brightness (H', W') of an image, stretched to [0, 1], the shorter side at least `side`."""
+    import torch
+    import torch.nn.functional as F
+
     grey = torch.from_numpy(pixels).float().mean(2)
     low, high = np.percentile(grey.numpy(), (1, 99))
     grey = ((grey - low) / (high - low)).clamp(0, 1) if high - low > 1e-3 else torch.ones_like(grey)
     factor = max(1, math.ceil(side / min(grey.shape)))
-    size = tuple(factor * n for n in grey.shape)
-    grey = F.interpolate(grey[None, None], size, mode="nearest")[0, 0]
-    mask = block.attention.spatial_mask[:1].float().cpu()  # (1, 1, h, w)
-    mask = F.interpolate(mask, size, mode="bilinear", align_corners=False)[0, 0]
-    away = ((mask - block.neutral) / reach).clamp(-1, 1)[..., None]
-    lowers, neutral, raises = (
-        torch.tensor([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in (LOWERS, NEUTRAL, RAISES)
-    )
-    colour = neutral + away.clamp(min=0) * (raises - neutral) - away.clamp(max=0) * (lowers - neutral)
-    return (colour * (0.6 + 0.4 * grey[..., None])).round().to(torch.uint8).numpy()
+    return F.interpolate(grey[None, None], tuple(factor * n for n in grey.shape), mode="nearest")[0, 0]
+
+
+def _rgb(colour: str) -> list[int]:
+    return [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 def mask_range(block: BlockView) -> str:
@@ -128,9 +160,9 @@ def _stacked(axis: Any, rows: Sequence[np.ndarray], labels: Sequence[str], colou
 
 
 def _router(axis: Any, blocks: Sequence[BlockView]) -> None:
-    rows = [block.attention.router_weights[0].float().cpu().numpy() for block in blocks]
-    _stacked(axis, rows, blocks[0].branches, BRANCH_COLOURS)
-    axis.set_title("scale chosen by the router", fontsize=9)
+    _stacked(axis, [block.shares for block in blocks], blocks[0].branches, BRANCH_COLOURS)
+    where = ", mean over positions" if any(block.by_position for block in blocks) else ""
+    axis.set_title(f"scale chosen by the router{where}", fontsize=9)
 
 
 def _fusion(axis: Any, blocks: Sequence[BlockView]) -> None:
@@ -212,8 +244,11 @@ def _draw_part(
     panels[0].imshow(explanation.pixels)
     panels[0].set_title(f"{plain(clipped(explanation.model, 34, end=True))}\nas the model sees it", fontsize=8)
     for axis, block in zip(panels[1:], blocks):
-        axis.imshow(overlay(explanation.pixels, block, reach))
+        axis.imshow(overlay(explanation.shown, block, reach))
         axis.set_title(f"{short_name(block)}\n{mask_range(block)}", fontsize=8)
+    for axis, block in zip(panels[1 + len(blocks) :], _routed(blocks)):
+        axis.imshow(scale_overlay(explanation.shown, block))
+        axis.set_title(f"{short_name(block)}\nscale by position", fontsize=8)
     middle = blocks[0].neutral
     scale = ScalarMappable(
         Normalize(middle - reach, middle + reach), LinearSegmentedColormap.from_list("mask", [LOWERS, NEUTRAL, RAISES])
@@ -222,6 +257,10 @@ def _draw_part(
     bar.set_label(f"spatial mask ({scale_label(blocks[0])})", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     _charts(lower, explanation, charts)
+
+
+def _routed(blocks: Sequence[BlockView]) -> list[BlockView]:
+    return [block for block in blocks if block.by_position]
 
 
 def _chart_height(explanation: Explanation, charts: int) -> float:
@@ -241,7 +280,7 @@ def draw(explanations: Sequence[Explanation], path: Path, title: str, every_bloc
     from matplotlib.figure import Figure
 
     shown = [shown_blocks(explanation, every_block) for explanation in explanations]
-    most = max(map(len, shown)) + 1
+    most = max(len(blocks) + len(_routed(blocks)) for blocks in shown) + 1
     alone = len(explanations) == 1
     widest = 8 if alone else 4
     columns = max(math.ceil(most / math.ceil(most / widest)), 4 if alone else 3)

@@ -28,6 +28,7 @@ from .views import BlockView, Explanation
 
 __all__ = ["BlockView", "Explainer", "Explanation", "explain", "write_arrays"]
 
+FINE = 448  # pixels on the longer side of a picture under a mask: about what a panel shows
 TITLE = "<title>Attention of "
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -102,7 +103,16 @@ class Explainer:
         names = self.names or [f"class {i}" for i in range(logits.shape[1])]
         answers = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
         views = [_view(name, self.blocks[name], attention) for name, attention in records.items()]
-        return Explanation(self.name, self._pixels(x[0]), answers, views)
+        return Explanation(self.name, self._pixels(x[0]), answers, views, self._picture(image))
+
+    def _picture(self, image: Any) -> np.ndarray | None:
+        """What the model sees of `image`, with as many pixels as that has, up to `FINE`; None if those are no more."""
+        _, *size = self.config["input_size"]
+        factor = min(self.config["crop_pct"] * min(image.size) / min(size), FINE / max(size))
+        if factor <= 1:
+            return None
+        fine = build_transform({**self.config, "input_size": (3, *(round(factor * side) for side in size))})
+        return self._pixels(fine(image))
 
     def _pixels(self, x: Tensor) -> np.ndarray:
         mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ("mean", "std"))

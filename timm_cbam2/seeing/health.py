@@ -29,8 +29,9 @@ def measure(network: nn.Module, images: Tensor) -> dict[str, Any] | None:
     Returns:
         {"blocks": {name: {...}}, "warnings": [text, ...]}, None for a model without CBAM2. Per block: `fusion` and
         `branches` are mean weights over the images, `…_spread` the largest standard deviation over them, `…_entropy`
-        the mean entropy of an image's weights from 0 (one takes all) to 1 (all equal), `…_saturated` the share of mask
-        values at an end of the gate's range, `temperatures` those of the channel and the spatial gate.
+        the entropy of an image's weights from 0 (one takes all) to 1 (all equal), `…_within` of routing by position
+        the standard deviation over positions, `…_saturated` the share of mask values at an end of the gate's range,
+        `…_dead` that of those at one for every image, `temperatures` those of the channel and the spatial gate.
     """
     modules = {name.replace("_orig_mod.", ""): m for name, m in network.named_modules() if is_cbam2(m)}
     if not modules:
@@ -79,27 +80,37 @@ def _block(block: nn.Module, seen: CbamAttention) -> dict[str, Any]:
         **fusion,
         **_weights("branches", seen.router_weights),
         "branch_names": branch_names(block),
-        "channel_saturated": _saturated(seen.channel_mask, block.channel.gate),
-        "spatial_saturated": _saturated(seen.spatial_mask, block.spatial.gate),
+        **_saturated("channel", seen.channel_mask, block.channel.gate),
+        **_saturated("spatial", seen.spatial_mask, block.spatial.gate),
         "temperatures": [round(part.temperature(torch.float32).item(), 5) for part in (block.channel, block.spatial)],
     }
 
 
 def _weights(name: str, weights: Tensor) -> dict[str, Any]:
-    """Mean, spread and entropy of weights (B, K) that sum to 1."""
+    """Mean, spread over images and entropy of weights (B, K), or (B, K, H, W), that sum to 1 over K."""
     weights = weights.double().cpu()
     count = weights.shape[1]
+    within = {}
+    if weights.dim() == 4:
+        within = {f"{name}_within": round(weights.flatten(2).std(2, correction=0).mean(0).max().item(), 5)}
     entropy = -torch.special.xlogy(weights, weights).sum(1).mean().item() / math.log(count) if count > 1 else 1.0
+    weights = weights.flatten(2).mean(2) if weights.dim() == 4 else weights
     return {
+        **within,
         name: [round(value, 5) for value in weights.mean(0).tolist()],
         f"{name}_spread": round(weights.std(0, correction=0).max().item(), 5),
         f"{name}_entropy": round(min(max(entropy, 0.0), 1.0), 5),
     }
 
 
-def _saturated(mask: Tensor, gate: str) -> float:
+def _saturated(name: str, mask: Tensor, gate: str) -> dict[str, float]:
+    """The share of mask values at an end of the gate, and of those elements that are at one for every image."""
     share = mask.float() / RANGE[gate]
-    return round(((share < NEAR) | (share > 1 - NEAR)).float().mean().item(), 5)
+    low, high = share < NEAR, share > 1 - NEAR
+    return {
+        f"{name}_saturated": round((low | high).float().mean().item(), 5),
+        f"{name}_dead": round((low.all(0) | high.all(0)).float().mean().item(), 5),
+    }
 
 
 def _warnings(name: str, block: dict[str, Any]) -> Sequence[str]:
@@ -119,9 +130,12 @@ def _warnings(name: str, block: dict[str, Any]) -> Sequence[str]:
                 )
         elif block[f"{key}_entropy"] > UNIFORM[0] and block[f"{key}_spread"] < UNIFORM[1]:
             texts.append(f"{name}: every {what} weighs the same for every image, its router decides nothing (uniform)")
-    for key, what in (("channel_saturated", "channel"), ("spatial_saturated", "spatial")):
-        if block[key] > SATURATED:
-            texts.append(f"{name}: {100 * block[key]:.0f} % of the {what} mask is at an end of its gate (saturated)")
+    for what in ("channel", "spatial"):
+        share = block[f"{what}_dead"]
+        if share > SATURATED:
+            texts.append(
+                f"{name}: {100 * share:.0f} % of the {what} mask is at an end of its gate for every image (saturated)"
+            )
     for value, what in zip(block["temperatures"], ("channel", "spatial")):
         if not 0.1 < value < 10:
             texts.append(f"{name}: the {what} temperature is {value:.3g}, far from where it began")

@@ -156,8 +156,8 @@ def mistakes_part(seen: Seen) -> str:
 
 
 def _strip(explanation: Explanation, name: str, reach: float) -> str:
-    cells = [f"<div>{pixels_image(explanation.pixels, name)}the image</div>"]
+    cells = [f"<div>{pixels_image(explanation.shown, name)}the image</div>"]
     for block in shown_blocks(explanation):
-        tinted = overlay(explanation.pixels, block, reach, side=64)
+        tinted = overlay(explanation.shown, block, reach, side=64)
         cells.append(f"<div>{pixels_image(tinted, f'mask of {block.name}')}{escape(short_name(block))}</div>")
     return f'<div class="strip">{"".join(cells)}</div>'

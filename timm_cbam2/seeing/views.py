@@ -23,6 +23,17 @@ class BlockView:
     temperatures: tuple[float, float]  # of the channel and of the spatial gate
     neutral: float  # the mask value that changes nothing, or the middle of the gate's range
 
+    @property
+    def by_position(self) -> bool:
+        """Whether the router decides at every position."""
+        return self.attention.router_weights.dim() == 4
+
+    @property
+    def shares(self) -> np.ndarray:
+        """(K,) what each branch weighs in this image, averaged over positions where the router decides at each."""
+        weights = self.attention.router_weights[0].float().cpu().numpy()
+        return weights.mean((1, 2)) if self.by_position else weights
+
 
 @dataclass(frozen=True)
 class Explanation:
@@ -32,6 +43,12 @@ class Explanation:
     pixels: np.ndarray  # (H, W, 3) in [0, 1], after the model's own resizing and cropping
     answers: list[tuple[str, float]]  # the five best classes and their probabilities
     blocks: list[BlockView]
+    picture: np.ndarray | None = None  # the same cut of the image, (H', W', 3), nearer to the image's own resolution
+
+    @property
+    def shown(self) -> np.ndarray:
+        """What masks are laid over."""
+        return self.pixels if self.picture is None else self.picture
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Everything as plain arrays, named `<block>/<field>`."""

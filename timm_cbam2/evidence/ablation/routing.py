@@ -71,7 +71,8 @@ def measure(model: nn.Module, loader: Any) -> dict[str, Any]:
             labels.append(targets)
             for name, record in records.items():
                 fusion, branches = weights.setdefault(name, ([], []))
-                branches.append(record.router_weights.float())
+                chosen = record.router_weights.float()
+                branches.append(chosen.flatten(2).mean(2) if chosen.dim() == 4 else chosen)  # over positions
                 if record.fusion_weights is not None:
                     fusion.append(record.fusion_weights.float())
                 masks[name]["channel"].add(record.channel_mask)

@@ -20,12 +20,13 @@ from ..attention_picture import (
     overlay,
     reach_of,
     scale_label,
+    scale_overlay,
     short_name,
     shown_blocks,
 )
 from ..explain import write_arrays
 from ..html_parts import BARS_STYLE, colour_scale, pixels_image, stacked_bars
-from ..views import Explanation
+from ..views import BlockView, Explanation
 
 __all__ = ["STYLE", "message", "panels", "write_files"]
 
@@ -58,17 +59,25 @@ def _mask(explanation: Explanation, stage: int, every_block: bool, reach: float)
         return f'<div class="seen">{image}as the model sees it</div>'
     blocks = shown_blocks(explanation, every_block)
     block = blocks[min(stage, len(blocks)) - 1]
-    image = pixels_image(overlay(explanation.pixels, block, reach, side=416), f"mask of {block.name}", 416)
+    image = pixels_image(overlay(explanation.shown, block, reach, side=416), f"mask of {block.name}", 416)
     low, high = f"{block.neutral - reach:.2f}", f"{block.neutral + reach:.2f} ({scale_label(block)})"
     return (
         f'<div class="seen">{image}<b>{escape(short_name(block))}</b>: {mask_range(block)}'
-        f"{colour_scale(low, high, (LOWERS, NEUTRAL, RAISES))}</div>"
+        f"{colour_scale(low, high, (LOWERS, NEUTRAL, RAISES))}{_scales(explanation, block)}</div>"
     )
+
+
+def _scales(explanation: Explanation, block: BlockView) -> str:
+    """Which branches were chosen where, in the colours of the bars; nothing where one choice holds for the picture."""
+    if not block.by_position:
+        return ""
+    image = pixels_image(scale_overlay(explanation.shown, block, side=416), f"scales of {block.name}", 416)
+    return f"{image}scale chosen at each position, in the colours of the bars"
 
 
 def _bars(explanation: Explanation) -> str:
     blocks = explanation.blocks
-    router = [(short_name(b), b.attention.router_weights[0].tolist()) for b in blocks]
+    router = [(short_name(b), b.shares.tolist()) for b in blocks]
     text = f"<b>Scale chosen by the router (%)</b>{stacked_bars(router, blocks[0].branches, BRANCH_COLOURS)}"
     fusion = [(short_name(b), b.fusion.tolist()) for b in blocks if b.fusion is not None]
     if fusion:
