@@ -59,7 +59,7 @@ def resolve_options(options: Optional[Mapping[str, Any]] = None) -> Dict[str, An
 class Cbam2(nn.Module):
     """Channel attention, then spatial attention (see this module's docstring for the papers)."""
 
-    is_plain: bool  # has options that only the plain path knows
+    is_plain = False  # has options that only the plain path knows; of blocks pickled before there were any
 
     def __init__(
         self,

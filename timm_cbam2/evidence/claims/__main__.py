@@ -63,7 +63,8 @@ def run(
     if not stages or set(stages) - set("123"):
         raise UserError(f"--stages {stages}: give some of 123, such as 23")
     setting = dict(
-        task=task, side=side, count=count, depth=depth, stages=stages, start=start, epochs=epochs, batch_size=batch_size,
+        task=task, side=side, count=count, depth=depth, stages=stages, start=start,
+        epochs=epochs, batch_size=batch_size,
         recipe=recipe,
     )  # fmt: skip
     torch.set_num_threads(1)  # so that a number does not depend on who else computes

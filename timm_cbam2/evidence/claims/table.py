@@ -53,8 +53,8 @@ def markdown(rows: Sequence[dict[str, Any]], control: str = "plain") -> Iterator
         yield ", ".join(f"{key} {value}" for key, value in zip(SETTING, setting))
         anchor = [row["grad_cam"]["pointing"] for row in found if row["variant"] == control]
         if anchor:
-            share = sum(anchor) / len(anchor)
-            yield f"Boxes fill {found[0]['box']:.2f} of a picture, Grad-CAM on {control} points into {share:.2f} of them."
+            share, box = sum(anchor) / len(anchor), found[0]["box"]
+            yield f"Boxes fill {box:.2f} of a picture, Grad-CAM on {control} points into {share:.2f} of them."
         yield ""
         yield f"| {' | '.join(HEAD)} |".replace("above", f"above {control}")
         yield "| --- |" + " ---: |" * (len(HEAD) - 1)

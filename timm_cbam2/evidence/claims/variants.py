@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         squeeze_norm=True,
         router_pool="none",
     ),
+    "norm": _cbam2("spatial gate centred, squeezes normalised", center_spatial=True, squeeze_norm=True),
     "live": _cbam2("no learned maps, all else normalised", center_spatial=True, router_norm=True, squeeze_norm=True),
     # blocks that were tried before the options were made, see tried.py
     "t-center": _trial("spatial gate centred", spatial="center"),

@@ -1,0 +1,166 @@
+"""The bench of claims: what it measures is right where the answer is known, and a run goes on where it was stopped."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+from timm_cbam2 import Cbam2
+from timm_cbam2.data.tasks import Samples, make
+from timm_cbam2.evidence.claims import measures
+from timm_cbam2.evidence.claims.networks import build
+from timm_cbam2.evidence.claims.results import KEYS, append, paired, read
+from timm_cbam2.evidence.claims.training import RECIPES, train
+from timm_cbam2.evidence.claims.variants import VARIANTS
+
+
+def _samples(boxes, side=8):
+    count = len(boxes)
+    images = np.zeros((count, side, side), np.uint8)
+    return Samples(images, np.zeros(count, int), np.array(boxes), np.zeros(count, int))
+
+
+def test_where_a_mask_looks():
+    samples = _samples([(0, 0, 4, 4), (4, 4, 8, 8)])
+    own = torch.zeros(2, 4, 4)
+    own[0, :2, :2] = own[1, 2:, 2:] = 2.0  # each image's mask is its box
+    inside, of_mean = measures.inside_minus_outside(own, samples)
+    assert inside == pytest.approx(2.0)
+    assert of_mean == pytest.approx(1 - 1 / 3)  # the mean mask is 1 in both boxes, which are a third of what is outside
+    same = own.mean(0, keepdim=True).expand_as(own)
+    assert measures.inside_minus_outside(same, samples) == pytest.approx((of_mean, of_mean))
+    assert measures.pointing(own, samples) == 1.0 and measures.pointing(own.flip(0), samples) == 0.0
+    assert measures.box_share(samples) == 0.25
+    half = torch.zeros(2, 1, 1)
+    assert measures.inside_minus_outside(half + 1, samples)[0] == pytest.approx(0)
+
+
+def test_information_needs_a_connection():
+    random = np.random.default_rng(0)
+    factors = random.integers(0, 3, 2000)
+    told = torch.tensor(np.eye(3)[factors]) * 0.4 + 0.2 + torch.tensor(random.normal(0, 0.01, (2000, 3)))
+    found = measures.mutual_information(told, factors)
+    first_of_three = -(1 / 3) * np.log2(1 / 3) - (2 / 3) * np.log2(2 / 3)  # one weight tells one class from two
+    assert found["bits"] == pytest.approx(first_of_three, abs=0.12) and found["null"] < 0.02
+    blind = torch.tensor(random.random((2000, 3)))
+    found = measures.mutual_information(blind, factors)
+    assert found["bits"] < 0.02 and found["bits"] < 2 * found["null"]
+
+
+def test_dead_is_saturated_and_the_same():
+    block = Cbam2(4, gate="unit_sigmoid")
+    mask = torch.ones(100, 4, 1, 1)
+    mask[:, 0], mask[:, 1] = 0.001, 1.999
+    mask[:50, 2], mask[50:, 2] = 0.001, 1.999  # hard, but it depends on the image
+    found = measures.liveness(block, "channel", mask)
+    assert found["dead"] == 0.5 and found["saturated"] == 0.75
+    one_takes_all = torch.tensor([[0.99, 0.01]]).repeat(100, 1)
+    assert measures.liveness(block, "branches", one_takes_all)["dead"] == 1.0
+    by_turns = torch.tensor([[0.99, 0.01], [0.01, 0.99]]).repeat(50, 1)
+    found = measures.liveness(block, "branches", by_turns)
+    assert found["spread"] == pytest.approx(0.49) and found["dead"] == 0.0 and found["within"] == 0.0
+
+
+class _Told(nn.Module):
+    """Says class 1 where its block's masks are above a half: they alone tell dark images from bright ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Cbam2(3, gate="unit_sigmoid", rd_channels=1)
+        with torch.no_grad():
+            self.block.channel.fc1.weight.fill_(1 / 3)
+            self.block.channel.fc2.weight.fill_(-0.2)  # the brighter, the lower the mask
+
+    def forward(self, x):
+        features = x + 5  # above 0
+        mask = self.block(features).mean((1, 2, 3)) / features.mean((1, 2, 3))
+        return torch.stack([torch.full_like(mask, 0.5), mask], 1)
+
+
+def test_worth_is_what_a_decision_of_its_own_brings():
+    network = _Told().eval()
+    images = torch.zeros(40, 8, 8, dtype=torch.uint8)
+    images[::2] = 255
+    labels = torch.arange(40) % 2  # dark ones are 1
+    seen = measures._record(network, images)
+    assert seen["block"]["channel"].shape == (40, 3, 1, 1) and seen["block"]["branches"].shape == (40, 4)
+    lost = measures.worth(network, images, labels, seen)
+    assert lost == {"channel": 50.0, "spatial": 0.0, "fusion": 0.0, "branches": 0.0}
+
+
+def test_variants_share_what_they_have_in_common():
+    """The same first weights in every common layer, and the same logits where attention starts at the identity."""
+    plain = build("plain", 1, seed=3)
+    x = torch.randn(2, 3, 16, 16)
+    for name in VARIANTS:
+        network = build(name, 1, seed=3, stages="23")
+        own = network.state_dict()
+        assert all(torch.equal(value, own[key]) for key, value in plain.state_dict().items()), name
+        assert not any(key.startswith("layer1.0.se.") for key in own)
+        if VARIANTS[name]["attention"] in ("cbam2", "trial"):
+            torch.testing.assert_close(network.eval()(x), plain.eval()(x))
+    other = build("plain", 1, seed=4)
+    assert not torch.equal(other.conv1.weight, plain.conv1.weight)
+
+
+def test_training_is_a_function_of_the_seed():
+    made = make("scale", "train", 64, side=16)
+    images, labels = torch.from_numpy(made.images), torch.from_numpy(made.labels)
+    after = []
+    for seed in (0, 0, 1):
+        network = build("cbam2", 1, seed=0)
+        train(network, images, labels, seed, RECIPES["sgd"], epochs=1, batch_size=32, bf16=False)
+        after.append(network.state_dict()["conv1.weight"])
+    assert torch.equal(after[0], after[1]) and not torch.equal(after[0], after[2])
+
+
+def test_pairs_are_of_one_setting(tmp_path):
+    row = dict.fromkeys(KEYS, 0)
+    path = tmp_path / "results.jsonl"
+    for seed, plain, better in ((0, 0.5, 0.52), (1, 0.6, 0.64)):
+        append(path, {**row, "variant": "plain", "seed": seed, "accuracy": plain})
+        append(path, {**row, "variant": "cbam2", "seed": seed, "accuracy": better})
+    append(path, {**row, "variant": "cbam2", "seed": 2, "accuracy": 0.9})  # without its pair
+    with path.open("a") as file:
+        file.write('{"cut off')
+    rows = read(path)
+    found = paired(rows, "cbam2", "plain")
+    assert len(rows) == 5 and found.count == 2 and found.mean == pytest.approx(3.0)
+    assert found.half == pytest.approx(12.706 * 1.0, rel=1e-3)  # Student's t for two values, standard error 1
+    append(path, {**row, "variant": "se", "accuracy": 0.1})
+    assert [r["variant"] for r in read(path)][-1] == "se" and len(read(path)) == 6
+
+
+def _bench(*words):
+    command = [sys.executable, "-m", "timm_cbam2.evidence.claims", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_a_run_and_its_table(tmp_path):
+    path = tmp_path / "results.jsonl"
+    small = ["--count", 64, "--val-count", 32, "--epochs", 1, "--side", 16, "--seeds", 0, "--results", path]
+    first = _bench("run", "--task", "light", "--start", 1, "--variants", "plain,maps-none", *small)
+    assert first.returncode == 0 and "2 trained" in first.stdout, first
+    plain, routed = [json.loads(line) for line in path.read_text().splitlines()]
+    assert plain["start"] == 1 and plain["grad_cam"]["pointing"] >= 0 and "blocks" not in plain
+    assert set(routed["worth"]) == {"channel", "spatial", "fusion", "branches"}
+    last = routed["blocks"]["layer3.0.se"]
+    assert len(last["branches"]["mean"]) == 4 and last["branches"]["within"] > 0
+    assert set(last["fusion"]["information"]) == {"bits", "null"} and "inside" in last["spatial"]
+    again = _bench("run", "--task", "light", "--start", 1, "--variants", "plain,maps-none", *small)
+    assert "0 trained" in again.stdout and len(path.read_text().splitlines()) == 2
+    shown = _bench("table", "--results", path)
+    assert shown.returncode == 0 and "| maps-none | 1 |" in shown.stdout and "Grad-CAM on plain" in shown.stdout
+    for words, text in (
+        (("run", "--task", "clutte"), "clutter, scale, light, position"),
+        (("run", "--variants", "plain,sse"), "no sse"),
+        (("run", "--seeds", "a"), "--seeds a"),
+        (("run", "--stages", "4"), "--stages 4"),
+        (("table", "--results", tmp_path / "none.jsonl"), "holds no result"),
+    ):
+        wrong = _bench(*words)
+        assert wrong.returncode == 2 and text in wrong.stderr and "Traceback" not in wrong.stderr, wrong
