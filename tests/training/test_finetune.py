@@ -136,7 +136,7 @@ def test_best_is_kept_when_a_later_save_fails(small_run, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(model_folders, "save_for_hf", full)
+    monkeypatch.setattr(model_folders, "save_file", full)
     with pytest.raises(OSError, match="No space"):
         model_folders.save(timm.create_model("resnet20_cbam2", num_classes=3), folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

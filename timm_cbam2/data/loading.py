@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import UserError, one_line
+from ..models.saved_cbam2 import input_channels
 from .folders import FileSamples
 from .headers import bad_headers, remember, remembered, sample
 from .images import Samples
@@ -58,7 +59,7 @@ def data_config(
     """
     cfg = model.pretrained_cfg
     config = resolve_data_config({"crop_pct": overrides.pop("crop_pct", None)}, pretrained_cfg=cfg) | overrides
-    channels = getattr(model, "in_chans", None) or config["input_size"][0]
+    channels = input_channels(model)
     size = config["input_size"][1:]
     if img_size is not None:
         if not 8 <= img_size <= MAX_SIDE:

@@ -14,13 +14,14 @@ from typing import Any, Iterator, Sequence
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from timm.models import save_for_hf
+from safetensors.torch import save_file
 from torch import nn
 
 from ..models.cbam2 import is_cbam2
 from ..models.configuration_cbam2 import Cbam2Config, entrypoint
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
-from ..models.twins_cbam2 import WARM_START
+from ..models.saved_cbam2 import write_config
+from ..models.weights_cbam2 import WARM_START
 from .card import is_generated, write_card
 from .inserted import inserted_blocks, write_inserted
 
@@ -81,15 +82,10 @@ def save(
     with whole(Path(folder)) as temporary:
         hook = model.register_state_dict_post_hook(_plain_tensors)
         try:
-            save_for_hf(
-                model,
-                temporary,
-                model_config={"label_names": list(label_names)} if label_names else None,
-                safe_serialization=True,
-                data_config=data_config,
-            )
+            save_file(model.state_dict(), temporary / "model.safetensors")
         finally:
             hook.remove()
+        write_config(model, temporary / "config.json", label_names, data_config)
         _complete_config(temporary / "config.json", model, tag)
         if is_generated(Path(folder) / "README.md"):
             write_card(temporary, f"user/{Path(folder).resolve().name}", Path(folder))

@@ -22,7 +22,8 @@ import timm_cbam2  # noqa: F401  (registers the models)
 
 from ..errors import UserError, one_line
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
-from ..models.twins_cbam2 import WARM_START
+from ..models.saved_cbam2 import overlay_of_folder
+from ..models.weights_cbam2 import WARM_START
 from .run_folder import read_settings
 
 __all__ = [
@@ -182,8 +183,10 @@ def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
     if resolved.startswith("local-dir:"):
         from .folder import read_config
 
+        folder = Path(resolved.removeprefix("local-dir:"))
+        kwargs["pretrained_cfg_overlay"] = overlay_of_folder(folder)
         try:
-            read_config(Path(resolved.removeprefix("local-dir:")))
+            read_config(folder)
         except ValueError as error:
             raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
     try:

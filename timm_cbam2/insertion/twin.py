@@ -14,7 +14,8 @@ from torch import nn
 
 from ..models.convnext_cbam2 import ConvNeXtCbam2
 from ..models.resnet_cbam2 import CifarResNet, CifarResNetCbam2, ResNetCbam2
-from ..models.twins_cbam2 import WARM_START, entrypoint_arguments
+from ..models.twins_cbam2 import entrypoint_arguments
+from ..models.weights_cbam2 import WARM_START
 from .hosts import Seat, own_blocks, seats
 
 __all__ = ["become_plain", "become_twin", "twin_of"]

@@ -11,7 +11,6 @@ from typing import Any, Callable, ClassVar
 import torch.nn as nn
 from huggingface_hub.dataclasses import strict
 from timm.data import ImageNetInfo, infer_imagenet_subset
-from timm.models._hub import save_config_for_hf
 from timm.models._pretrained import filter_pretrained_cfg
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
@@ -19,7 +18,8 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .cbam2 import resolve_options
 from .convnext_cbam2 import ConvNeXtCbam2
 from .resnet_cbam2 import ResNetCbam2
-from .twins_cbam2 import MAX_CLASSES, WARM_START
+from .saved_cbam2 import write_config
+from .weights_cbam2 import MAX_CLASSES, WARM_START
 
 __all__ = ["Cbam2Config", "architectures", "entrypoint"]
 
@@ -165,7 +165,7 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.json"
-            save_config_for_hf(model, path)
+            write_config(model, path)
             return cls.from_dict({**json.loads(path.read_text(encoding="utf-8")), **cls._resolved(model)})
 
     @classmethod

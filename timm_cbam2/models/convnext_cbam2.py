@@ -10,14 +10,13 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 
 from .cbam2 import Cbam2, resolve_options
 from .twins_cbam2 import (
-    TakesPlainWeights,
-    Weights,
     attended_stages,
     build_twin,
     register_once,
     twin_cfgs,
     twin_entrypoints,
 )
+from .weights_cbam2 import TakesPlainWeights, Weights
 
 __all__ = ["ConvNeXtCbam2", "ConvNeXtCbam2Block"]
 

@@ -33,9 +33,14 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+@torch.compiler.assume_constant_result  # dynamo of torch 2.8 knows no such question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
 def no_autocast(x: torch.Tensor):
     """Autocast would take the small products back to half precision."""
-    if torch.amp.is_autocast_available(x.device.type):
+    if _has_autocast(x.device.type):
         return torch.autocast(x.device.type, enabled=False)
     return contextlib.nullcontext()
 

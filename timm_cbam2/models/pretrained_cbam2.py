@@ -12,7 +12,7 @@ from transformers.initialization import guard_torch_init_functions
 
 from .cbam2 import CbamAttention, is_cbam2, record_attention
 from .configuration_cbam2 import Cbam2Config, entrypoint
-from .twins_cbam2 import require_safetensors
+from .weights_cbam2 import require_safetensors
 
 __all__ = ["Attentions", "Cbam2PreTrainedModel"]
 

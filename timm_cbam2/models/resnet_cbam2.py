@@ -19,7 +19,6 @@ from timm.models.resnet import BasicBlock, ResNet
 
 from .cbam2 import Cbam2, resolve_options
 from .twins_cbam2 import (
-    TakesPlainWeights,
     attended_stages,
     build_twin,
     register_once,
@@ -27,6 +26,7 @@ from .twins_cbam2 import (
     twin_cfgs,
     twin_entrypoints,
 )
+from .weights_cbam2 import TakesPlainWeights
 
 __all__ = ["CifarResNet", "CifarResNetCbam2", "ResNetCbam2"]
 

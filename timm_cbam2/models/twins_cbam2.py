@@ -1,21 +1,16 @@
 """What both families share: a `<name>_cbam2` twin for each architecture, and its warm start from timm's weights."""
 
 import dataclasses
-import warnings
 from collections import deque
-from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Set
 from urllib.error import URLError
 
-import torch
 import torch.nn as nn
-from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
 )
 from safetensors import SafetensorError
 from timm.models import build_model_with_cfg, is_model, list_models, register_model
@@ -23,51 +18,18 @@ from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 
 from .cbam2 import Cbam2
+from .saved_cbam2 import remembering
+from .weights_cbam2 import WARM_START, Weights, check_source, check_weights, needs_attention
 
 __all__ = [
-    "TakesPlainWeights",
     "attended_stages",
     "build_twin",
     "entrypoint_arguments",
     "register_once",
-    "require_safetensors",
     "reset_attention",
     "twin_cfgs",
     "twin_entrypoints",
 ]
-
-MAX_CLASSES = 1_000_000
-WARM_START = "from_"  # prefix of the tags whose weights are timm's own
-Weights = Dict[str, torch.Tensor]
-
-
-class TakesPlainWeights:
-    """A mixin: a network whose attention is at the identity also loads, strictly, what its twin without it has."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, so that `checkpoint_path=` of `timm.create_model` takes the twin's file too, with a warning."""
-        own = super().state_dict()
-        attention = _attention_keys(self)
-        if strict and state_dict.keys() == own.keys() - attention and _is_identity(self):
-            warnings.warn(
-                "These weights have no attention: it stays the identity, and the network computes what they did "
-                "without it.",
-                stacklevel=2,
-            )
-            state_dict = {**state_dict, **{key: own[key] for key in attention}}
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-
-def _is_identity(model: nn.Module) -> bool:
-    """Whether every block multiplies by 1, whatever it is given."""
-    for block in model.modules():
-        if isinstance(block, Cbam2):
-            last = [block.channel.fc2, *(branch.pw for branch in block.spatial.branches)]
-            if block.channel.gate != "unit_sigmoid" or block.spatial.conv is not None:
-                return False
-            if any(parameter.detach().any() for layer in last for parameter in layer.parameters()):
-                return False
-    return True
 
 
 def reset_attention(model: nn.Module) -> None:
@@ -145,107 +107,11 @@ def twin_cfgs(cfgs: Mapping[str, DefaultCfg], names: Iterable[str]) -> Dict[str,
 
 def register_once(module: ModuleType, entrypoints: Iterable[Callable]) -> None:
     """Put entrypoints in `module` and in timm's registry; a name that is there already is left alone."""
-    for entrypoint in entrypoints:
+    for entrypoint in map(remembering, entrypoints):
         entrypoint.__module__ = module.__name__
         setattr(module, entrypoint.__name__, entrypoint)
         if not is_model(entrypoint.__name__):
             register_model(entrypoint)
-
-
-def _attention_keys(model: nn.Module) -> Set[str]:
-    prefixes = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, Cbam2))
-    return {key for key in model.state_dict() if key.startswith(prefixes)}
-
-
-def _listed(keys: Set[str]) -> str:
-    shown = sorted(keys)[:5]
-    return ", ".join(shown) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
-
-
-def _needs_attention(cfg: Any, tag: Optional[str]) -> bool:
-    """Whether the weights were trained with attention: those of a model folder, or of a tag that is no warm start."""
-    if isinstance(cfg, Mapping) and cfg.get("source") in ("hf-hub", "local-dir"):
-        return True
-    return bool(tag) and not tag.startswith(WARM_START)
-
-
-def _check_weights(weights: Weights, model: nn.Module, remap: Optional[Callable], needs_attention: bool) -> Weights:
-    """Refuse weights that do not fit, and complete a warm start with the attention the model was built with.
-
-    timm's loader turns lenient as soon as the number of classes differs, so strictness is enforced here, before it.
-    """
-    cfg = model.pretrained_cfg
-    if remap is not None:
-        weights = remap(weights, model)
-    weights = dict(weights)
-    own = model.state_dict()
-    attention = _attention_keys(model)
-    classifier = {f"{cfg['classifier']}.{part}" for part in ("weight", "bias")} if cfg.get("classifier") else set()
-    first_conv = f"{cfg.get('first_conv')}.weight"
-
-    warm_start = not needs_attention and not attention & weights.keys()
-    optional = set(attention) if warm_start else set()
-    if (cfg.get("tag") or "").endswith("fcmae"):
-        optional |= {key for key in own if key.startswith("head.norm.")}  # as in timm
-    if cfg["num_classes"] != model.num_classes:
-        optional |= classifier
-    missing = own.keys() - weights.keys() - optional
-    unexpected = weights.keys() - own.keys()
-    if cfg["num_classes"] != model.num_classes:
-        unexpected -= classifier
-    adapted = {first_conv} if cfg["input_size"][0] != model.in_chans else set()
-    if cfg["num_classes"] != model.num_classes or cfg.get("label_offset"):
-        adapted |= classifier  # timm drops or shortens it
-    reshaped = {k for k in own.keys() & weights.keys() - adapted if own[k].shape != weights[k].shape}
-
-    problems = [f"missing: {_listed(missing)}"] if missing else []
-    problems += [f"unexpected: {_listed(unexpected)}"] if unexpected else []
-    problems += [f"{k}: shape {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in sorted(reshaped)[:5]]
-    if problems:
-        raise ValueError(
-            f"These weights do not fit {cfg['architecture']}: {'; '.join(problems)}. "
-            "Give the weights of this architecture and these options, or pretrained=False."
-        )
-    if warm_start and any(m.channel.gate != "unit_sigmoid" for m in model.modules() if isinstance(m, Cbam2)):
-        warnings.warn(
-            "This warm start changes the backbone's function: only gate='unit_sigmoid' is the identity at its start.",
-            stacklevel=2,
-        )
-    for key in optional - weights.keys() - classifier:
-        weights[key] = own[key]
-    return weights
-
-
-def require_safetensors(where: Any, **options: Any) -> None:
-    """Refuse a model folder or repository whose weights are not in safetensors, before anything reads them.
-
-    Args:
-        where: The folder, or the repository's id.
-        **options: For `hf_hub_download`, such as `revision`.
-
-    Raises:
-        ValueError: It has other weights or none.
-    """
-    for name in ("model.safetensors", "model.safetensors.index.json"):
-        try:
-            if Path(where, name).is_file() if Path(where).is_dir() else hf_hub_download(str(where), name, **options):
-                return
-        except RemoteEntryNotFoundError:
-            continue
-    raise ValueError(
-        f"{where} has no model.safetensors. Other weights, such as pytorch_model.bin, are pickles, which can run code "
-        "when they are read: have them saved anew as safetensors."
-    )
-
-
-def _check_source(cfg: Any) -> None:
-    """Refuse a model folder or repository from which timm would read a pickle, or that asks for absurd memory."""
-    if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
-        return
-    if not 0 <= int(cfg.get("num_classes") or 0) <= MAX_CLASSES:
-        raise ValueError(f"num_classes={cfg['num_classes']} is not allowed; give a number from 0 to {MAX_CLASSES:,}.")
-    repo, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
-    require_safetensors(repo or cfg["file"], revision=revision or None)
 
 
 def build_twin(
@@ -270,18 +136,20 @@ def build_twin(
         RuntimeError: When the weights can be reached neither on the Hub nor in its cache.
     """
     given = kwargs.get("pretrained_cfg")
+    cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
 
     def check(weights: Weights, model: nn.Module) -> Weights:
-        return _check_weights(weights, model, remap, _needs_attention(given, model.pretrained_cfg.get("tag")))
+        return check_weights(weights, model, remap, needs_attention(given, model.pretrained_cfg.get("tag")))
 
     try:
         if pretrained:
-            _check_source(given)
-        return build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+            check_source(given)
+        model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+        model.pretrained_cfg["first_conv"] = cfg.first_conv
+        return model
     except SafetensorError as error:
         raise ValueError(f"The weights of {variant} are damaged or cut off ({error}). Get them again.") from error
     except (HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, URLError) as error:
-        cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
         raise RuntimeError(
             f"The pretrained weights of {variant} could not be fetched from {cfg.hf_hub_id or cfg.url} and are not "
             f"cached ({type(error).__name__}). Go online once to cache them, or pass pretrained=False."

@@ -22,7 +22,7 @@ from ..data.stream import StreamedImages, find_stream, make_stream_loader
 from ..errors import UserError, one_line
 from ..hub.zoo import class_names, load, pretrained_tags, resolve
 from ..models.passes_cbam2 import kernel_in_use
-from ..models.twins_cbam2 import WARM_START
+from ..models.weights_cbam2 import WARM_START
 from .launch import usable_cpus
 from .settings import DEFAULT_LR, DROPS, OF_THE_CALL
 

@@ -6,7 +6,7 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Annotated, Any, Callable, Iterator, Sequence
+from typing import Annotated, Any, Callable, Iterator, NamedTuple, Sequence
 
 import timm
 import torch
@@ -16,14 +16,22 @@ from ...errors import UserError, one_line, require
 from ...files import write_whole
 from ...hub.zoo import suggest
 from ...kernels.cpu import disable_cpu_kernel, enable_cpu_kernel
-from .floor import floor, floor_table
+from .floor import floor
 from .networks import DTYPES, VARIANTS, Setup, build, macs, make_step, variants_of
 from .picture import draw
+from .printed import KINDS, machine_line, print_floor, print_table, scaling, table
 from .timing import WARM_UP, machine, peak_memory, quartiles, time_in_turn
 
 __all__ = ["benchmark"]
 
-KINDS = {"inference": "inference", "training": "training step"}
+
+class Also(NamedTuple):
+    """What is measured beside the variants that always are."""
+
+    compiled: bool
+    kernel: bool
+    memory: bool
+    floor: bool
 
 
 def _sizes(text: str | None, model: str) -> list[int]:
@@ -141,61 +149,6 @@ def _summary(times: Sequence[float], baseline: Sequence[float], name: str) -> di
     }
 
 
-def _table(case: dict[str, Any], kinds: Sequence[str]) -> list[list[str]]:
-    head = ["", "parameters", "MACs/image"]
-    for kind in kinds:
-        head += [f"{KINDS[kind]}, ms", "over plain", "peak MB"]
-    lines = []
-    for variant in case["variants"]:
-        line = [variant["label"], f"{variant['parameters'] / 1e6:.2f} M", f"{variant['macs_per_image'] / 1e6:,.1f} M"]
-        for kind in kinds:
-            line += _cells(variant.get(kind))
-        lines.append(line)
-    return [head, *lines]
-
-
-def _cells(found: dict[str, Any] | None) -> list[str]:
-    if found is None:
-        return ["-", "-", "-"]
-    low, high = found["seconds_quartiles"]
-    peak = f"{found['peak_mb']:.0f}" if "peak_mb" in found else "-"
-    first, third = found["ratio_quartiles"]
-    times = f"{1e3 * found['seconds']:.1f} ({1e3 * low:.1f} to {1e3 * high:.1f})"
-    return [times, f"{found['ratio']:.3f} ({first:.3f} to {third:.3f})", peak]
-
-
-def _scaling(cases: Sequence[dict[str, Any]], kind: str) -> list[list[str]]:
-    """Milliseconds per image and megapixel at each size: equal ones mean a cost linear in the pixels."""
-    lines = [["ms per image and megapixel", *(f"{case['input'][-1]} px" for case in cases)]]
-    for number, variant in enumerate(cases[0]["variants"]):
-        found = [(case["input"], case["variants"][number].get(kind)) for case in cases]
-        if all(row for _, row in found):
-            values = [1e3 * row["seconds"] / (size[0] * size[-1] ** 2 / 1e6) for size, row in found]
-            lines.append([variant["label"], *(f"{value:.0f}" for value in values)])
-    return lines
-
-
-def _print_table(lines: Sequence[Sequence[str]]) -> None:
-    """Markdown that also reads well in a terminal."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for number, line in enumerate(lines):
-        cells = [cell.ljust(w) if not place else cell.rjust(w) for place, (cell, w) in enumerate(zip(line, widths))]
-        print(f"| {' | '.join(cells)} |")
-        if not number:
-            print(f"|{'|'.join('-' * (w + 1) + ('-' if not place else ':') for place, w in enumerate(widths))}|")
-    print(flush=True)
-
-
-def _machine_line(found: dict[str, Any]) -> str:
-    gpu = f"{found['gpu']} (CUDA {found['cuda']}, cuDNN {found['cudnn']}), " if "gpu" in found else ""
-    load = f", load {found['load_before']}" if "load_before" in found else ""
-    return (
-        f"{gpu}{found['processor']}, {found['cores']} cores, {found['instructions']}, "
-        f"{found['threads']} thread{'s' * (found['threads'] > 1)}{load}; "
-        f"torch {found['torch']}, timm {found['timm']}, Python {found['python']}"
-    )
-
-
 def benchmark(
     models: Annotated[list[str] | None, typer.Argument(help="Registered …_cbam2 names. [resnet50_cbam2]")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 8,
@@ -234,6 +187,27 @@ def benchmark(
     """
     require("matplotlib")
     models = list(dict.fromkeys(models or ["resnet50_cbam2"]))
+    kinds = [kind for kind, wanted in (("inference", inference), ("training", train)) if wanted]
+    _check_asked(models, dtype, device, cpu_kernel, kinds)
+    sizes = {model: _sizes(img_size, model) for model in models}
+    _check_writable(output)
+    torch.set_num_threads(threads or torch.get_num_threads())
+    settings = {"batch_size": batch_size, "dtype": dtype, "device": device, "rounds": rounds, "seed": seed}
+    result: dict[str, Any] = {"machine": machine(device), "settings": settings, "cases": []}
+    line = machine_line(result["machine"])
+    how = f"{dtype}, channels_last, {rounds} rounds after {WARM_UP} to warm up, seed {seed}"
+    print(f"{line}\n{how}; MACs of convolutions and matrix products only\n", flush=True)
+    also = Also(compiled=compile, kernel=cpu_kernel, memory=memory, floor=floor_too)
+    for model in models:
+        setups = [Setup(model, batch_size, s, dtype, device, torch.get_num_threads(), seed) for s in sizes[model]]
+        result["cases"] += _measure_sizes(setups, kinds, rounds, also)
+    write_whole(output / "benchmark.json", (json.dumps(result, indent=1) + "\n").encode())
+    draw(result["cases"], output / "benchmark.png", "What attention costs", f"{dtype}, {line}")
+    print(f"numbers {output / 'benchmark.json'}, chart {output / 'benchmark.png'}")
+    return result
+
+
+def _check_asked(models: Sequence[str], dtype: str, device: str, cpu_kernel: bool, kinds: Sequence[str]) -> None:
     for model in models:
         _check_model(model)
     _check_choice("--dtype", dtype, list(DTYPES))
@@ -242,51 +216,35 @@ def benchmark(
         raise UserError("--device cuda: torch sees no CUDA device here; give --device cpu")
     if cpu_kernel:
         _check_kernel(device)
-    kinds = [kind for kind, wanted in (("inference", inference), ("training", train)) if wanted]
     if not kinds:
         raise UserError("--no-inference and --no-train leave nothing to measure: give one of them at most")
-    sizes = {model: _sizes(img_size, model) for model in models}
+
+
+def _check_writable(output: Path) -> None:
+    """Rather now than after minutes of measuring."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=output):  # rather now than after minutes of measuring
+        with TemporaryFile(dir=output):
             pass
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or error}") from error
 
-    torch.set_num_threads(threads or torch.get_num_threads())
-    settings = {"batch_size": batch_size, "dtype": dtype, "device": device, "rounds": rounds, "seed": seed}
-    result: dict[str, Any] = {"machine": machine(device), "settings": settings, "cases": []}
-    line = _machine_line(result["machine"])
-    how = f"{dtype}, channels_last, {rounds} rounds after {WARM_UP} to warm up, seed {seed}"
-    print(f"{line}\n{how}; MACs of convolutions and matrix products only\n", flush=True)
-    for model in models:
-        cases = []
-        for size in sizes[model]:
-            setup = Setup(model, batch_size, size, dtype, device, torch.get_num_threads(), seed)
-            with _explained(setup):
-                case = _measure(setup, kinds, rounds, {"compiled": compile, "kernel": cpu_kernel}, memory)
-                print(f"{model} over {setup.twin}, {' x '.join(map(str, case['input']))}\n")
-                _print_table(_table(case, kinds))
-                if floor_too:
-                    with _bar(0, f"{model}, {size} px, blocks alone") as tick:
-                        case["floor"] = floor(setup, kinds, rounds, cpu_kernel, tick)
-                    _print_floor(case["floor"], kinds)
-            cases.append(case)
-        if len(cases) > 1:
-            for kind in kinds:
-                print(f"{model}, {KINDS[kind]}\n")
-                _print_table(_scaling(cases, kind))
-        result["cases"] += cases
-    write_whole(output / "benchmark.json", (json.dumps(result, indent=1) + "\n").encode())
-    draw(result["cases"], output / "benchmark.png", "What attention costs", f"{dtype}, {line}")
-    print(f"numbers {output / 'benchmark.json'}, chart {output / 'benchmark.png'}")
-    return result
 
-
-def _print_floor(found: dict[str, Any], kinds: Sequence[str]) -> None:
-    speed = found["bandwidth"]
-    print(f"Bandwidth {speed['copy'] / 1e9:.1f} GB/s copying, {speed['fresh'] / 1e9:.1f} GB/s into fresh memory.")
-    print("least: input and result once each. passes: what each step reads and writes where no cache keeps a sample.\n")
-    for kind in kinds:
-        print(f"{KINDS[kind]}\n")
-        _print_table(floor_table(found, kind))
+def _measure_sizes(setups: Sequence[Setup], kinds: Sequence[str], rounds: int, also: Also) -> list[dict[str, Any]]:
+    """One model at each size, printed as it goes."""
+    cases = []
+    for setup in setups:
+        with _explained(setup):
+            case = _measure(setup, kinds, rounds, {"compiled": also.compiled, "kernel": also.kernel}, also.memory)
+            print(f"{setup.model} over {setup.twin}, {' x '.join(map(str, case['input']))}\n")
+            print_table(table(case, kinds))
+            if also.floor:
+                with _bar(0, f"{setup.model}, {setup.img_size} px, blocks alone") as tick:
+                    case["floor"] = floor(setup, kinds, rounds, also.kernel, tick)
+                print_floor(case["floor"], kinds)
+        cases.append(case)
+    if len(cases) > 1:
+        for kind in kinds:
+            print(f"{setups[0].model}, {KINDS[kind]}\n")
+            print_table(scaling(cases, kind))
+    return cases
