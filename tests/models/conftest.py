@@ -22,3 +22,14 @@ def saved(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def images():
     return torch.randn(3, 3, 48, 32, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def plain_timm_saves():
+    """`plain_timm_saves(model, folder)` lets timm write a folder; before 1.0.31 it has to be told the arguments."""
+
+    def call(model, folder):
+        options = {"cbam2": dict(model.cbam2_options)}
+        timm.models.save_for_hf(model, folder, safe_serialization=True, model_args=options)
+
+    return call

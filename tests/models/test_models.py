@@ -66,7 +66,7 @@ def test_registered_on_import_and_not_before_twice_and_in_silence(script):
     result = script(code)
     assert result.code == 0 and result.err == "", result.err
     models, tags = map(int, result.out.split())
-    assert models >= 75 and tags >= 213
+    assert models >= 75 and tags >= 209  # with timm 1.0.22
 
 
 @pytest.mark.parametrize("name", timm.list_models("*_cbam2"))

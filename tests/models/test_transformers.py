@@ -105,8 +105,8 @@ def test_the_file_serves_both_libraries(saved):
     assert config["model_args"]["cbam2"]["kernel_sizes"] == [3, 4] and "auto_map" not in config
 
 
-def test_a_folder_that_plain_timm_wrote(saved, images, tmp_path, caplog):
-    timm.models.save_for_hf(saved[1], tmp_path, safe_serialization=True)
+def test_a_folder_that_plain_timm_wrote(saved, images, plain_timm_saves, tmp_path, caplog):
+    plain_timm_saves(saved[1], tmp_path)
     assert "model_type" not in json.loads((tmp_path / "config.json").read_text())
     model = Cbam2ForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(model(images).logits, saved[1](images)) and not caplog.records

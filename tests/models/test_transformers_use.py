@@ -3,6 +3,8 @@
 import pytest
 import timm
 import torch
+import transformers
+from packaging.version import Version
 from safetensors.torch import load_file
 from transformers import (
     AutoImageProcessor,
@@ -69,18 +71,19 @@ def test_pixels_and_pipeline(saved, caplog):
     assert torch.equal(pixels[0], transform(picture))
     classify = pipeline("image-classification", model=str(folder))
     logging.disable_propagation()
-    assert not caplog.records, "a backend had to be replaced by another"
+    if Version(transformers.__version__) >= Version("5.23"):  # 5.4 does so for timm's own wrapper too
+        assert not caplog.records, "a backend had to be replaced by another"
     best = classify(picture)[0]
     probabilities = model(pixels).softmax(-1)[0]
     assert best["label"] == NAMES[probabilities.argmax()]
     assert best["score"] == pytest.approx(probabilities.max().item(), rel=1e-4)
 
 
-def test_class_names_stay_with_the_weights(saved, tmp_path):
+def test_class_names_stay_with_the_weights(saved, plain_timm_saves, tmp_path):
     """Both when a loaded model is saved anew and when plain timm saves it, which puts them elsewhere."""
     model = timm.create_model(f"local-dir:{saved[0]}", pretrained=True)
     save(model, tmp_path / "ours")
-    timm.models.save_for_hf(model, tmp_path / "timm", safe_serialization=True)
+    plain_timm_saves(model, tmp_path / "timm")
     for folder in ("ours", "timm"):
         again = Cbam2ForImageClassification.from_pretrained(tmp_path / folder)
         assert list(again.config.id2label.values()) == NAMES
