@@ -11,7 +11,9 @@ import torch.nn as nn
 
 from timm_cbam2 import Cbam2
 from timm_cbam2.data.tasks import Samples, make
+from timm_cbam2.errors import UserError
 from timm_cbam2.evidence.claims import measures
+from timm_cbam2.evidence.claims.__main__ import run, table
 from timm_cbam2.evidence.claims.networks import build
 from timm_cbam2.evidence.claims.results import KEYS, append, paired, read
 from timm_cbam2.evidence.claims.training import RECIPES, train
@@ -135,32 +137,30 @@ def test_pairs_are_of_one_setting(tmp_path):
     assert [r["variant"] for r in read(path)][-1] == "se" and len(read(path)) == 6
 
 
-def _bench(*words):
-    command = [sys.executable, "-m", "timm_cbam2.evidence.claims", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-def test_a_run_and_its_table(tmp_path):
+def test_a_run_and_its_table(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
-    small = ["--count", 64, "--val-count", 32, "--epochs", 1, "--side", 16, "--seeds", 0, "--results", path]
-    first = _bench("run", "--task", "light", "--start", 1, "--variants", "plain,maps-none", *small)
-    assert first.returncode == 0 and "2 trained" in first.stdout, first
+    small = dict(count=64, val_count=32, epochs=1, side=16, seeds="0", results=path, start=1, task="light")
+    assert run(variants="plain,maps-none", **small) == 2
     plain, routed = [json.loads(line) for line in path.read_text().splitlines()]
     assert plain["start"] == 1 and plain["grad_cam"]["pointing"] >= 0 and "blocks" not in plain
     assert set(routed["worth"]) == {"channel", "spatial", "fusion", "branches"}
     last = routed["blocks"]["layer3.0.se"]
     assert len(last["branches"]["mean"]) == 4 and last["branches"]["within"] > 0
     assert set(last["fusion"]["information"]) == {"bits", "null"} and "inside" in last["spatial"]
-    again = _bench("run", "--task", "light", "--start", 1, "--variants", "plain,maps-none", *small)
-    assert "0 trained" in again.stdout and len(path.read_text().splitlines()) == 2
-    shown = _bench("table", "--results", path)
-    assert shown.returncode == 0 and "| maps-none | 1 |" in shown.stdout and "Grad-CAM on plain" in shown.stdout
-    for words, text in (
-        (("run", "--task", "clutte"), "clutter, scale, light, position"),
-        (("run", "--variants", "plain,sse"), "no sse"),
-        (("run", "--seeds", "a"), "--seeds a"),
-        (("run", "--stages", "4"), "--stages 4"),
-        (("table", "--results", tmp_path / "none.jsonl"), "holds no result"),
+    assert run(variants="plain,maps-none", **small) == 0 and len(path.read_text().splitlines()) == 2
+    capsys.readouterr()
+    table(results=path)
+    shown = capsys.readouterr().out
+    assert "| maps-none | 1 |" in shown and "Grad-CAM on plain" in shown
+    for wrong, text in (
+        (dict(task="clutte"), "clutter, scale, light, position"),
+        (dict(variants="plain,sse"), "no sse"),
+        (dict(seeds="a"), "--seeds a"),
+        (dict(stages="4"), "--stages 4"),
+        (dict(recipe="adam"), "adamw, sgd"),
     ):
-        wrong = _bench(*words)
-        assert wrong.returncode == 2 and text in wrong.stderr and "Traceback" not in wrong.stderr, wrong
+        with pytest.raises(UserError, match=text):
+            run(**{**small, **wrong})
+    command = [sys.executable, "-m", "timm_cbam2.evidence.claims", "table", "--results", tmp_path / "none.jsonl"]
+    empty = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert empty.returncode == 2 and "holds no result" in empty.stderr and "Traceback" not in empty.stderr, empty

@@ -57,5 +57,14 @@ def train_and_measure(job: dict[str, Any], val_count: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in network.parameters()),
         "what": {**{key: value for key, value in variant.items() if key != "about"}, "recipe": recipe},
         "val_count": val_count,
-        **measure(network, val),
+        **_rounded(measure(network, val)),
     }
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits after the point are more than 3,000 images tell."""
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_rounded(part) for part in value]
+    return round(value, 5) if isinstance(value, float) else value
