@@ -129,3 +129,16 @@ def test_features_that_do_not_fit():
     for shape in ((1, 7, 5, 5), (8, 5, 5)):
         with pytest.raises(ValueError, match=r"\(B, 8, H, W\)"):
             Cbam2(8)(torch.zeros(shape))
+
+
+def test_a_loss_of_nan(refused, write_folder, tmp_path):
+    """Step, learning rate, the batch's files, the last good checkpoint."""
+    images = write_folder(tmp_path / "images", count=20)
+    args = ("finetune", "--data", images, "--model", "resnet20_cbam2", "--img-size", "8", "--workers", "0")
+    args += ("--opt", "sgd", "--lr", "1e30", "--sched", "none", "--save-every", "1", "--batch-size", "16")
+    args += ("--output", tmp_path / "run")
+    line = refused(
+        *args, words=("epoch 1, step 2", "at lr 1e+30", str(images), "last good checkpoint", "step-00000001")
+    )
+    found = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
+    assert len(found["files"]) == 16 and found["files"][0] in line and found["step"] == 2

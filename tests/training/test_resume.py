@@ -267,18 +267,6 @@ def test_what_may_change_between_the_parts_of_a_run(run, refused, start_group, h
     refused("finetune", "--resume", "auto", words=("--output",))
 
 
-def test_a_loss_of_nan(refused, run, images, tmp_path):
-    """Step, learning rate, the batch's files, the last good checkpoint."""
-    args = ("finetune", "--data", images, "--model", "resnet20_cbam2", "--img-size", "8", "--workers", "0")
-    args += ("--opt", "sgd", "--lr", "1e30", "--sched", "none", "--save-every", "1", "--batch-size", "16")
-    args += ("--output", tmp_path / "run")
-    line = refused(
-        *args, words=("epoch 1, step 2", "at lr 1e+30", str(images), "last good checkpoint", "step-00000001")
-    )
-    found = json.loads((tmp_path / "run" / "bad_batch.json").read_text())
-    assert len(found["files"]) == 16 and found["files"][0] in line and found["step"] == 2
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_num_processes(start, images, tmp_path, number):
     """One command starts two processes; told to stop it exits with 75, and when one dies it says so and ends."""

@@ -1,8 +1,7 @@
-"""Training options, launched as a user does: several processes, frozen parts, recipes, streams, trackers, health."""
+"""Training options, launched as a user does: several processes, frozen parts, recipes, streams, trackers."""
 
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -14,7 +13,6 @@ import timm_cbam2  # noqa: F401
 from timm_cbam2.data.cached import CachedImages
 from timm_cbam2.data.loading import ImageDataset, data_config, make_loader
 from timm_cbam2.data.sources import find_images
-from timm_cbam2.seeing.health import measure
 from timm_cbam2.training.optimise import attention_parameters, freeze, make_optimizer
 from timm_cbam2.training.recipe import RECIPES, read_recipe
 
@@ -277,32 +275,3 @@ def test_saving_leaves_mixed_precision_as_it_is(script, environment, tmp_path):
     """Every epoch saves a model: what is trained stays under autocast, what is saved is not."""
     done = script(MIXED, tmp_path / "model", env=environment, cwd=tmp_path)
     assert done.out.split() == ["torch.bfloat16", "torch.bfloat16", "torch.float32"], done
-
-
-def test_health_tells_collapse_and_saturation():
-    torch.manual_seed(0)
-    network = timm.create_model("resnet20_cbam2")
-    images = torch.randn(8, 3, 32, 32)
-    healthy = measure(network.train(), images)
-    assert network.training and len(healthy["blocks"]) == 9
-    block = healthy["blocks"]["layer1.0.se"]
-    assert block["branch_names"] == ["3x3", "5x5", "7x7", "3x3 dilated 3"] and len(block["branches"]) == 4
-    assert sum(block["fusion"]) == pytest.approx(1, abs=1e-4) and block["temperatures"] == [1.0, 1.0]
-    assert block["channel_saturated"] == 0 and 0 < block["branches_entropy"] <= 1
-    assert not [text for text in healthy["warnings"] if "uniform" not in text]
-    se = network.layer1[0].se
-    with torch.no_grad():
-        network.layer1[0].bn2.weight.fill_(1.0)  # timm's zero there would give the block nothing to see
-        se.spatial.router.fc2.bias[2] = 50.0
-        se.channel.router.fc2.weight.zero_()
-        se.channel.router.fc2.bias.zero_()
-        se.channel.fc1.weight.abs_()
-        se.channel.fc2.weight.normal_(0, 1e4)
-    found = measure(network, images)
-    texts = [text for text in found["warnings"] if text.startswith("layer1.0.se")]
-    assert any("'7x7' takes 100 %" in text and "collapse" in text for text in texts), texts
-    assert any("squeeze weighs the same" in text and "uniform" in text for text in texts), texts
-    assert any("channel mask is at an end of its gate for every image" in text for text in texts), texts
-    json.dumps(found)
-    assert measure(timm.create_model("resnet20"), images) is None
-    assert np.isfinite(found["blocks"]["layer1.0.se"]["fusion_entropy"])
