@@ -49,7 +49,7 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
 
     if data in BUILT_IN:
         raise UserError(
-            f"--streaming: the {data} lie in memory; give --data a folder of parquet files or a Hub data set"
+            f"--streaming: {data} is in memory already; give --data a folder of parquet files or a Hub data set"
         )
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     share, last = parse_val_split(val_split)

@@ -29,9 +29,9 @@ SCALES = (8, 14, 21)  # sides of the digit in the scale task
 class Samples:
     """N made images with what is known of each."""
 
-    images: np.ndarray  # (N, side, side) uint8
+    images: np.ndarray  # (N, side, side) uint8, or (N, 3, side, side)
     labels: np.ndarray  # (N,) 0 to 9
-    boxes: np.ndarray  # (N, 4) top, left, bottom, right of the digit that counts, in pixels; the last two are excluded
+    boxes: np.ndarray | None  # (N, 4) top, left, bottom, right of what counts, in pixels, the last two excluded
     factors: np.ndarray  # (N,) what differs between images beside the digit: its size, the light, see the task
 
     def __len__(self) -> int:

@@ -39,7 +39,7 @@ def _numbers(option: str, text: str) -> list[int]:
 
 
 def run(
-    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "clutter",
+    task: Annotated[str, typer.Option(help=f"{', '.join(TASKS)}, or a parquet file of images.")] = "clutter",
     variants: Annotated[str, typer.Option(help="Names, comma-separated; see variants.py.")] = DEFAULT,
     seeds: Annotated[str, typer.Option(help="Such as 0-7 or 0,1.")] = "0,1",
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "adamw",
@@ -58,7 +58,11 @@ def run(
     Raises:
         UserError: no such task, variant, recipe or stage.
     """
-    _names("task", task, TASKS)
+    data = task if Path(task).is_file() else None
+    if data is not None:  # its folder's name says what it is, and nothing of where it lies
+        task = Path(task).resolve().parent.name
+    else:
+        _names("task", task, TASKS)
     _names("recipe", recipe, RECIPES)
     if not stages or set(stages) - set("123"):
         raise UserError(f"--stages {stages}: give some of 123, such as 23")
@@ -75,7 +79,7 @@ def run(
             job = {**setting, "variant": variant, "seed": seed}
             if key_of(job) in {key_of(row) for row in read(results)}:
                 continue
-            row = train_and_measure(job, val_count)
+            row = train_and_measure(job, val_count, data)
             append(results, row)
             trained += 1
             print(f"{variant}, seed {seed}: {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)

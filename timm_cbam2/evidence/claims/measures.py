@@ -187,8 +187,10 @@ def measure(network: nn.Module, samples: Samples) -> dict[str, Any]:
     """All that a result holds beside its accuracy: see the functions of this module."""
     network.eval()
     images, labels = torch.from_numpy(samples.images), torch.from_numpy(samples.labels)
-    share, contrast = grad_cam_share(network, images, samples)
-    found: dict[str, Any] = {"box": box_share(samples), "grad_cam": {"pointing": share, "inside": contrast}}
+    found: dict[str, Any] = {}
+    if samples.boxes is not None:
+        share, contrast = grad_cam_share(network, images, samples)
+        found |= {"box": box_share(samples), "grad_cam": {"pointing": share, "inside": contrast}}
     blocks = {name: module for name, module in network.named_modules() if is_cbam2(module)}
     if not blocks:
         return found
@@ -197,9 +199,10 @@ def measure(network: nn.Module, samples: Samples) -> dict[str, Any]:
     found["blocks"] = {}
     for name, decisions in seen.items():
         row: dict[str, Any] = {kind: liveness(blocks[name], kind, values) for kind, values in decisions.items()}
-        masks = decisions["spatial"][:, 0]
-        row["spatial"]["inside"], row["spatial"]["inside_of_mean"] = inside_minus_outside(masks, samples)
-        row["spatial"]["pointing"] = pointing(masks, samples)
+        if samples.boxes is not None:
+            masks = decisions["spatial"][:, 0]
+            row["spatial"]["inside"], row["spatial"]["inside_of_mean"] = inside_minus_outside(masks, samples)
+            row["spatial"]["pointing"] = pointing(masks, samples)
         for kind in ("fusion", "branches"):
             if kind in decisions and samples.factors.max() > 0:
                 weights = decisions[kind]

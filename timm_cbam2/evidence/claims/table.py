@@ -51,7 +51,7 @@ def markdown(rows: Sequence[dict[str, Any]], control: str = "plain") -> Iterator
         found = [row for row in rows if tuple(row[key] for key in SETTING) == setting]
         yield ""
         yield ", ".join(f"{key} {value}" for key, value in zip(SETTING, setting))
-        anchor = [row["grad_cam"]["pointing"] for row in found if row["variant"] == control]
+        anchor = [r["grad_cam"]["pointing"] for r in found if r["variant"] == control and "grad_cam" in r]
         if anchor:
             share, box = sum(anchor) / len(anchor), found[0]["box"]
             yield f"Boxes fill {box:.2f} of a picture, Grad-CAM on {control} points into {share:.2f} of them."

@@ -68,6 +68,7 @@ def train(
     epochs: int = 8,
     batch_size: int = 32,
     bf16: bool = True,
+    mirror: bool = False,
 ) -> float:
     """Train `network` in place; returns the seconds it took.
 
@@ -80,6 +81,7 @@ def train(
         epochs: passes over the images.
         batch_size: images a step; a last, smaller batch is left out.
         bf16: autocast to bfloat16.
+        mirror: half of the images, for what has no handedness.
     """
     settings = {**SETTINGS, **recipe, "epochs": epochs}
     optimizer = make_optimizer(network, settings)
@@ -92,7 +94,11 @@ def train(
         order = torch.from_numpy(random.permutation(len(labels)))
         for chosen in order[: steps * batch_size].split(batch_size):
             schedule.step_update(update)
-            x = to_input(_shifted(images[chosen], random))
+            moved = _shifted(images[chosen], random)
+            if mirror:
+                flipped = torch.from_numpy(random.random(len(chosen)) < 0.5)
+                moved[flipped] = moved[flipped].flip(-1)
+            x = to_input(moved)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                 logits = network(x)
             loss = F.cross_entropy(logits.float(), labels[chosen])
