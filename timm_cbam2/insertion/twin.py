@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any, Sequence
 
 import timm
+import torch
 from timm.models import convnext as timm_convnext
 from timm.models import resnet as timm_resnet
 from timm.models.convnext import ConvNeXt
@@ -14,6 +15,7 @@ from torch import nn
 
 from ..models.convnext_cbam2 import ConvNeXtCbam2
 from ..models.resnet_cbam2 import CifarResNet, CifarResNetCbam2, ResNetCbam2
+from ..models.saved_cbam2 import arguments_of
 from ..models.twins_cbam2 import entrypoint_arguments
 from ..models.weights_cbam2 import WARM_START
 from .hosts import Seat, own_blocks, seats
@@ -84,16 +86,30 @@ def become_twin(model: nn.Module) -> bool:
     options = [getattr(seat.attention, "inserted", {}).get("options") for seat in found]
     if architecture is None or attended is None or options[0] is None or any(o != options[0] for o in options):
         return False
-    arguments = dict(getattr(model, "_model_args", {}))
+    known = hasattr(model, "_model_args")
+    arguments = dict(model._model_args if known else arguments_of(model))
     inner = {k: v for k, v in (arguments.pop("block_args", None) or {}).items() if k != "attn_layer"}
     arguments |= {"cbam2": dict(options[0])} | ({"block_args": inner} if inner else {})
     if len(attended) < len(_stages(model)):
         arguments["cbam2_stages"] = attended
+    if not known and not _is_built_with(architecture, arguments, model):
+        return False
     tag = cfg.get("tag")
     model.__class__ = _TWINS[type(model)]
     model.cbam2_options = dict(options[0])
     _describe(model, architecture, tag and WARM_START + tag, arguments)
     return True
+
+
+def _is_built_with(architecture: str, arguments: dict[str, Any], model: nn.Module) -> bool:
+    """Whether these arguments are all that a network was built with, for timm before 1.0.31, which keeps none."""
+    with torch.device("meta"):
+        twin = timm.create_model(architecture, **arguments)
+    parts = [
+        {name: (type(part), part.extra_repr()) for name, part in network.named_modules() if name}
+        for network in (twin, model)
+    ]
+    return parts[0] == parts[1]
 
 
 def become_plain(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from packaging.version import Version
 from timm.data import resolve_data_config
 from timm.models._hub import save_config_for_hf
 
-__all__ = ["OLD_TIMM", "input_channels", "overlay_of_folder", "remembering", "write_config"]
+__all__ = ["OLD_TIMM", "arguments_of", "input_channels", "overlay_of_folder", "remembering", "write_config"]
 
 OLD_TIMM = Version(timm.__version__) < Version("1.0.31")
 _OF_A_TRAINING = {"drop_block_rate", "drop_path_rate", "drop_rate"}
@@ -72,7 +72,7 @@ def write_config(
     if not OLD_TIMM:
         save_config_for_hf(model, path, model_config=named, data_config=data_config)
         return
-    arguments = _arguments(model)
+    arguments = arguments_of(model)
     save_config_for_hf(model, path, model_config=named, model_args=arguments)
     config = json.loads(path.read_text(encoding="utf-8"))
     config["global_pool"] = arguments.get("global_pool")
@@ -80,7 +80,7 @@ def write_config(
     path.write_text(json.dumps(config, indent=2), encoding="utf-8")
 
 
-def _arguments(model: nn.Module) -> Dict[str, Any]:
+def arguments_of(model: nn.Module) -> Dict[str, Any]:
     """What to build the model with again: drop rates belong to a training, and the rest may have changed since."""
     kept = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in _OF_A_TRAINING}
     pool = getattr(getattr(model, "head", model), "global_pool", None)
