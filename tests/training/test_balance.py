@@ -12,6 +12,7 @@ from torch.utils.data import BatchSampler
 
 import timm_cbam2  # noqa: F401
 from timm_cbam2.data.balance import BalancedSampler, class_weights
+from timm_cbam2.data.images import ArraySamples, Images
 from timm_cbam2.data.sources import find_images
 from timm_cbam2.training.optimise import make_loss
 
@@ -49,10 +50,11 @@ def test_each_class_is_drawn_equally_often():
 
 
 def test_each_class_counts_equally_in_the_loss():
-    weights = class_weights(LABELS, 4)
+    images = Images("uneven", list("abcd"), {"train": ArraySamples([], LABELS)})
+    weights = class_weights(images)
     counts = torch.tensor([60.0, 30.0, 6.0])
     assert torch.allclose(weights[:3] * counts, torch.full((3,), 32.0)) and weights[3] == 1
-    settings = dict(label_smoothing=0.0, mixup=0.0, cutmix=0.0, bce=False, bce_target_threshold=None)
+    settings = dict(label_smoothing=0.0, mixup=0.0, cutmix=0.0, bce=False, bce_target_threshold=None, multi_label=False)
     logits, labels = torch.randn(len(LABELS), 4), torch.tensor(LABELS)
     each = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     expected = torch.stack([each[labels == c].mean() for c in range(3)]).mean()

@@ -18,19 +18,27 @@ BALANCE = ("none", "sampler", "weights")
 RARE = 10  # a class with so many times fewer images than the largest one is called rare
 
 
-def class_weights(labels: Sequence[int], classes: int) -> Tensor:
+def class_weights(images: Images) -> Tensor:
     """What each class counts so that all count equally: images / (classes · images of the class), (K,), float32.
 
-    A class without any image counts 1. "Logistic regression in rare events data" (King, Zen, 2001), by scikit-learn.
+    With several labels an image, what the positives of a class count so that they weigh as much as its negatives:
+    negatives / positives. A class without any image counts 1. "Logistic regression in rare events data" (King, Zen,
+    2001), by scikit-learn.
     """
     require("sklearn")
     from sklearn.utils.class_weight import compute_class_weight
 
-    present = np.unique(labels)
-    weights = torch.ones(classes)
-    weights[torch.from_numpy(present)] = torch.from_numpy(
-        compute_class_weight("balanced", classes=present, y=np.asarray(labels))
-    ).float()
+    labels = np.array(images.splits["train"].labels)
+    weights = torch.ones(len(images.classes))
+    if not images.multi_label:
+        present = np.unique(labels)
+        found = compute_class_weight("balanced", classes=present, y=labels)
+        weights[torch.from_numpy(present)] = torch.from_numpy(found).float()
+        return weights
+    for number, column in enumerate(labels.T):
+        if 0 < column.sum() < len(column):
+            absent, present = compute_class_weight("balanced", classes=np.array([0, 1]), y=column)
+            weights[number] = present / absent
     return weights
 
 
@@ -64,10 +72,9 @@ class BalancedSampler(WeightedRandomSampler):
 
 def balance_notes(images: Images, balance: str) -> list[str]:
     """What a person should know: rare classes, those with one image, and those that validation or training lacks."""
-    labels = {split: images.splits[split].labels for split in ("train", "val")}
-    if not labels["train"]:  # a stream's are not known in advance
+    if not images.splits["train"].labels:  # a stream's are not known in advance
         return []
-    counts, held = (torch.bincount(torch.tensor(labels[s]), minlength=len(images.classes)) for s in labels)
+    counts, held = (_counts(images, split) for split in ("train", "val"))
     notes = []
     lacking, single = counts == 0, counts == 1
     if lacking.any():
@@ -85,6 +92,12 @@ def balance_notes(images: Images, balance: str) -> list[str]:
     if absent.any():
         notes.append(f"no validation image of {_some(images, absent)}: how well it is told apart is not measured")
     return notes
+
+
+def _counts(images: Images, split: str) -> Tensor:
+    """Images of each class, (K,)."""
+    labels = torch.from_numpy(np.array(images.splits[split].labels, dtype=np.int64))
+    return labels.sum(0) if images.multi_label else torch.bincount(labels, minlength=len(images.classes))
 
 
 def _some(images: Images, chosen: Tensor) -> str:

@@ -58,7 +58,7 @@ class CachedImages(ImageDataset):
         self.transform = build_transform(whole, None, normalize=False)
         self.mean, self.std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         self.pixels = torch.zeros((len(self), *self.input_size), dtype=torch.uint8)
-        self.targets = torch.tensor(samples.labels)
+        self.targets = torch.from_numpy(np.array(samples.labels))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             for index, found in enumerate(pool.map(self._decode, samples.sources())):
                 if isinstance(found, Exception):
@@ -92,7 +92,7 @@ class CachedImages(ImageDataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         images, labels, indices = self.__getitems__([index])
-        return images[0], int(labels[0]), int(indices[0])
+        return images[0], labels[0] if labels.ndim > 1 else int(labels[0]), int(indices[0])
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
         """A batch: normalised images (B, C, H, W), labels (B,), indices (B,)."""

@@ -7,7 +7,7 @@ import random
 import re
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -65,6 +65,7 @@ class Images:
     notes: list[str] = field(default_factory=list)  # things a person should know about how the data was read
     data_config: dict[str, Any] = field(default_factory=dict)  # overrides the model's own preprocessing
     augment: str = "standard"
+    multi_label: bool = False  # an image has any number of classes: labels are rows of 0 and 1
 
     def with_val(self, split: float | str, by_content: bool = False) -> Images:
         """The same data with a "train" and a "val" split: its own, or some held out of the rest.
@@ -98,7 +99,8 @@ class Images:
             held = [is_held_out(source, share) for source in self.splits[pool].sources()]
             train, val = ([i for i, is_val in enumerate(held) if is_val is wanted] for wanted in (False, True))
         else:
-            train, val = _stratified(labels, share)
+            # With several labels an image there are as many strata as combinations: alike, without regard to them.
+            train, val = _stratified([0] * len(labels) if self.multi_label else labels, share)
         if not val:
             raise UserError(f"{self.name}: every class has a single image, none can be held out; add images or a val/")
         splits = {**self.splits, "train": self.splits[pool].select(train), "val": self.splits[pool].select(val)}
@@ -108,7 +110,7 @@ class Images:
         )
         if "test" in splits:
             note += "; test is left for `timm-cbam2 evaluate RUN --split test`"
-        return Images(self.name, self.classes, splits, [*self.notes, note], self.data_config, self.augment)
+        return replace(self, splits=splits, notes=[*self.notes, note])
 
 
 def parse_val_split(split: float | str) -> tuple[float, int]:

@@ -149,7 +149,7 @@ class ImageDataset(Dataset):
         copy, index = divmod(index, len(self))
         image = self._read(index)
         if image is None and not self.training:
-            return torch.zeros(self.input_size), -1, index
+            return torch.zeros(self.input_size), self._label(None), index
         steps = 0
         while image is None:
             steps += 1
@@ -158,9 +158,16 @@ class ImageDataset(Dataset):
             index = (index + 1) % len(self)
             image = self._read(index)
         if not self.training:
-            return self.transform(image), self.samples.labels[index], index
+            return self.transform(image), self._label(index), index
         with seeded(self.seed, int(self.epoch), index, *([copy] if copy else [])):
-            return self.transform(image), self.samples.labels[index], index
+            return self.transform(image), self._label(index), index
+
+    def _label(self, index: int | None) -> Any:
+        """A class index, or zeros and ones (K,); of an unreadable image, None, -1 throughout."""
+        label = self.samples.labels[index or 0]
+        if isinstance(label, int):
+            return label if index is not None else -1
+        return torch.from_numpy(label if index is not None else np.full_like(label, -1))
 
     def _read(self, index: int) -> Image.Image | None:
         try:

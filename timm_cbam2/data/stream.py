@@ -99,6 +99,8 @@ def _classes(data: str, table: Any, column: str) -> tuple[list[str], dict[Any, i
     kind = (table.features or {}).get(column)
     if isinstance(kind, ClassLabel):
         return list(kind.names), {i: i for i in range(len(kind.names))}
+    if hasattr(kind, "feature"):
+        raise UserError(f"{data}: column '{column}' holds several labels, and --streaming takes one: leave it out")
     seen = sorted({row[column] for row in table.select_columns(column)}, key=lambda v: (str(type(v)), v))
     if any(not isinstance(value, (int, str)) for value in seen):
         raise UserError(f"{data}: column '{column}' holds {seen[0]!r}, which names no class")

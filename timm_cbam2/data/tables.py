@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 from ..errors import UserError, one_line, require
 from .images import SPLITS, Images, Samples
+from .labels import choose_label_column, encode, indicator_names
 
-__all__ = ["RowSamples", "choose_columns", "from_tables"]
+__all__ = ["RowSamples", "choose_columns", "from_tables", "has_metadata"]
+
+METADATA = ("csv", "jsonl", "parquet")
 
 
 class RowSamples(Samples):
@@ -40,8 +42,12 @@ class RowSamples(Samples):
         return RowSamples(self.items.select(indices), [self.labels[i] for i in indices], self.column)
 
 
-def from_tables(data: str, path: Path | None, image_column: str | None, label_column: str | None) -> Images:
-    """Read a parquet/arrow file or folder at `path`, or else the Hub data set `data`.
+def from_tables(
+    data: str, path: Path | None, image_column: str | None, label_column: str | None, several: bool = False
+) -> Images:
+    """Read a parquet/arrow file or folder at `path`, an image folder with metadata, or else the Hub data set `data`.
+
+    With `several`, the texts of the label column hold several labels each, or there is a column of 0 and 1 for each.
 
     Raises:
         UserError: it cannot be read, or it is not clear which columns hold images and labels.
@@ -59,23 +65,42 @@ def from_tables(data: str, path: Path | None, image_column: str | None, label_co
     if not splits:
         raise UserError(f"{data} has the splits {', '.join(loaded)}: one must be called train")
     first = next(iter(splits.values()))
-    image_column, label_column = choose_columns(data, first, image_column, label_column)
-    values = {split: table.select_columns(label_column)[:][label_column] for split, table in splits.items()}
+    image_column, label_column, values = _columns(data, splits, image_column, label_column, several)
     notes = []
-    if "test" in splits and {-1, None} & set(values["test"]):
+    if "test" in splits and any(v is None or v == -1 for v in values["test"]):
         notes.append("the test split hides its labels: left out")
         del splits["test"], values["test"]
-    classes, index = _class_names(data, first.features[label_column], label_column, values)
+    found = encode(data, label_column, first.features.get(label_column), values, several)
     from datasets import Image
 
     samples = {
-        split: RowSamples(
-            table.cast_column(image_column, Image(decode=False)), [index[v] for v in values[split]], image_column
-        )
+        split: RowSamples(table.cast_column(image_column, Image(decode=False)), found.splits[split], image_column)
         for split, table in splits.items()
     }
     name = path.resolve().stem if path else data.replace("/", "_")
-    return Images(name, classes, samples, notes)
+    return Images(name, found.classes, samples, notes, multi_label=found.several)
+
+
+def _columns(
+    data: str, splits: dict[str, Any], image_column: str | None, label_column: str | None, several: bool
+) -> tuple[str, str, dict[str, list[Any]]]:
+    """The columns of images and labels, and the labels by split; `several` may stand in columns of 0 and 1."""
+    first = next(iter(splits.values()))
+    try:
+        image_column, label_column = choose_columns(data, first, image_column, label_column)
+    except UserError:
+        if not several or label_column is not None:
+            raise
+        image_column = _image_column(data, first, image_column)
+        names = [n for n in first.column_names if n != image_column]
+        tables = {split: table.select_columns(names)[:] for split, table in splits.items()}
+        return image_column, ", ".join(names[:3]), {s: indicator_names(data, table) for s, table in tables.items()}
+    return image_column, label_column, {s: t.select_columns(label_column)[:][label_column] for s, t in splits.items()}
+
+
+def has_metadata(folder: Path) -> bool:
+    """Whether metadata.csv, .jsonl or .parquet says what is in the images of a folder, or of those inside it."""
+    return any(next(folder.glob(f"{below}metadata.{end}"), None) for below in ("", "*/") for end in METADATA)
 
 
 def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
@@ -98,6 +123,8 @@ def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
             )
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             loaded = datasets.load_from_disk(str(path))
+        elif has_metadata(path):
+            loaded = datasets.load_dataset("imagefolder", data_dir=str(path))
         else:
             loaded = datasets.load_dataset(str(path))
     except UserError:
@@ -145,47 +172,7 @@ def _image_column(data: str, table: Any, asked: str | None) -> str:
 
 
 def _label_column(data: str, table: Any, image_column: str, asked: str | None) -> str:
+    from datasets import ClassLabel
+
     others = [n for n in table.column_names if n != image_column]
-    if asked is not None:
-        if asked not in others:
-            raise UserError(f"--label-column {asked}: {data} has the columns {', '.join(others)}")
-        return asked
-    from datasets import ClassLabel
-
-    typed = [n for n in others if isinstance(table.features[n], ClassLabel)]
-    named = [n for n in others if n.lower() in ("label", "labels", "class", "target", "category")]
-    columns = typed or named
-    if len(columns) != 1:
-        raise UserError(
-            f"{data}: say which column holds the labels with --label-column, one of {', '.join(columns or others)}"
-        )
-    return columns[0]
-
-
-def _class_names(data: str, kind: Any, column: str, values: dict[str, list[Any]]) -> tuple[list[str], dict[Any, int]]:
-    """Class names in label order, and the class index of each value of the label column."""
-    from datasets import ClassLabel
-
-    labels = [v for of_split in values.values() for v in of_split]
-    whole = [v for v in labels if isinstance(v, float) and v.is_integer()]
-    if whole and len(whole) + labels.count(None) == len(labels):
-        raise UserError(f"{data}: column '{column}' holds numbers such as {whole[0]}: make it a column of integers")
-    bad = [v for v in labels if not isinstance(v, (int, str)) or v == -1]
-    if bad:
-        raise UserError(f"{data}: column '{column}' holds {bad[0]!r}, which names no class; remove those rows")
-    seen = {split: Counter(of_split) for split, of_split in values.items()}
-    everything = set().union(*seen.values())
-    if isinstance(kind, ClassLabel):
-        beyond = [v for v in everything if not 0 <= v < len(kind.names)]
-        if beyond:
-            raise UserError(f"{data}: label {beyond[0]} in column '{column}', which names {len(kind.names)} classes")
-        return list(kind.names), {i: i for i in range(len(kind.names))}
-    first = next(iter(seen))  # the others may lack some
-    missing = sorted(everything - seen[first].keys(), key=str)
-    if missing:
-        raise UserError(
-            f"{data}: the {first} split lacks the classes {', '.join(map(str, missing[:10]))} of the others; each "
-            "needs images to train on"
-        )
-    ordered = sorted(everything)
-    return [str(v) for v in ordered], {v: i for i, v in enumerate(ordered)}
+    return choose_label_column(data, others, asked, [n for n in others if isinstance(table.features[n], ClassLabel)])

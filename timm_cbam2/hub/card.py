@@ -11,7 +11,7 @@ import timm
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..models.configuration_cbam2 import architectures
-from .run_folder import best_row, read_metrics, read_settings
+from .run_folder import best_row, read_metrics, read_settings, score
 
 __all__ = ["LICENSES", "card", "is_generated", "license_of", "write_card"]
 
@@ -131,15 +131,16 @@ def _metadata(
     license_name = license_of(config, run)
     results = None
     if best is not None:
-        value = round(100 * best["val_accuracy"], 2)
+        value = round(100 * score(best), 2)
+        several = "val_map" in best
         results = [
             EvalResult(
                 task_type="image-classification",
                 dataset_type=hub_id or re.sub(r"[^\w.-]+", "-", name or "images"),
                 dataset_name=name or "images",
                 dataset_split="validation",
-                metric_type="accuracy",
-                metric_name="top-1 accuracy (%)",
+                metric_type="mean_average_precision" if several else "accuracy",
+                metric_name="mean average precision (%)" if several else "top-1 accuracy (%)",
                 metric_value=value,
             )
         ]
@@ -223,8 +224,9 @@ def _training(config: dict[str, Any], run: dict[str, Any] | None, best: dict[str
     numbers = "Nothing was measured."
     if best is not None:
         top5 = f", top-5 {100 * best['val_top5']:.2f} %" if best.get("val_top5") is not None else ""
+        what = "Mean average precision" if "val_map" in best else "Top-1 accuracy"
         numbers = (
-            f"Top-1 accuracy {100 * best['val_accuracy']:.2f} %{top5} on {best.get('val_images', 'the')} validation "
+            f"{what} {100 * score(best):.2f} %{top5} on {best.get('val_images', 'the')} validation "
             f"images, after epoch {best['epoch']}."
         )
     return f"## Training\n\n{table}{block}\n\n## Numbers\n\n{numbers}"

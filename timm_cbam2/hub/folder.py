@@ -27,6 +27,7 @@ from .inserted import inserted_blocks, write_inserted
 
 __all__ = ["check_folder", "expected_shapes", "model_code", "read_config", "save", "whole", "with_auto_map"]
 
+MULTI_LABEL = "multi_label_classification"  # transformers' own word for several labels an image
 MAX_CONFIG = 10_000_000  # bytes
 
 
@@ -206,6 +207,8 @@ def _complete_config(path: Path, model: nn.Module, tag: str) -> None:
     arguments.pop("num_classes", None)  # stands at the top level; transformers' own wrapper fails on a second one
     if getattr(model, "cbam2_options", None) is not None:
         arguments["cbam2"] = dict(model.cbam2_options)  # resolved: a later default must not change this model
+    if getattr(model, "multi_label", False):
+        config["problem_type"] = MULTI_LABEL
     cfg = config["pretrained_cfg"]
     if not cfg.get("tag") or cfg["tag"].startswith(WARM_START):
         cfg["tag"] = tag

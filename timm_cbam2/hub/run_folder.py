@@ -8,7 +8,7 @@ from typing import Any, Sequence
 
 from ..errors import UserError
 
-__all__ = ["best_row", "read_metrics", "read_settings"]
+__all__ = ["best_row", "rank", "read_metrics", "read_settings", "score", "score_name"]
 
 NEEDED = ("model", "data")
 
@@ -49,4 +49,19 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def best_row(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The evaluation that the model in `best/` is of."""
-    return max(rows, key=lambda row: (row["val_accuracy"], -row["val_loss"]))
+    return max(rows, key=rank)
+
+
+def score(row: dict[str, Any]) -> float:
+    """What models are chosen by: accuracy or, with several labels an image, mean average precision."""
+    return row.get("val_map", row["val_accuracy"])
+
+
+def score_name(row: dict[str, Any]) -> str:
+    """What `score` is, for a person."""
+    return "mean average precision" if "val_map" in row else "accuracy"
+
+
+def rank(row: dict[str, Any]) -> tuple[float, float]:
+    """By which one evaluation is better than another: its score, then its loss."""
+    return score(row), -row["val_loss"]

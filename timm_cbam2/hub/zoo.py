@@ -190,11 +190,31 @@ def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
         except ValueError as error:
             raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
     try:
-        return timm.create_model(resolved, pretrained=pretrained, **kwargs)
+        model = timm.create_model(resolved, pretrained=pretrained, **kwargs)
+        model.multi_label = _tells_several(resolved)
+        return model
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
         raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
     except SafetensorError as error:
         raise UserError(f"cannot load {name}: its model.safetensors is damaged ({one_line(error, 200)})") from error
+
+
+def _tells_several(resolved: str) -> bool:
+    """Whether the configuration of a model says that it tells several labels of an image."""
+    from .folder import MULTI_LABEL, read_config
+
+    source, _, identifier = resolved.partition(":")
+    if source == "hf-hub":  # where timm has just read it
+        from huggingface_hub import hf_hub_download
+        from timm.models._hub import hf_split
+
+        repository, revision = hf_split(identifier)
+        folder = Path(hf_hub_download(repository, "config.json", revision=revision)).parent
+    elif source == "local-dir":
+        folder = Path(identifier)
+    else:
+        return False
+    return read_config(folder).get("problem_type") == MULTI_LABEL
 
 
 def check_classifier(model: nn.Module, name: str) -> None:

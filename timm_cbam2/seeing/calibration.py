@@ -64,13 +64,14 @@ def calibration(confidence: Tensor, correct: Tensor) -> dict[str, Any]:
     }
 
 
-def said(found: Mapping[str, Any]) -> str:
-    """What `calibration` found, for a person."""
+def said(found: Mapping[str, Any], several: bool = False) -> str:
+    """What `calibration` found, for a person; with `several`, of labels that are there or not."""
+    sure, right = ("mean probability of a label", "share that is there") if several else ("mean confidence", "accuracy")
     off = found["mean_confidence"] - found["accuracy"]
     way = "as sure as it is right" if abs(off) < 0.01 else "too sure of itself" if off > 0 else "not sure enough"
     return (
-        f"calibration error (ECE) {100 * found['ece']:.2f} %: mean confidence {100 * found['mean_confidence']:.2f} %, "
-        f"accuracy {100 * found['accuracy']:.2f} %, so it is {way} on the whole"
+        f"calibration error (ECE) {100 * found['ece']:.2f} %: {sure} {100 * found['mean_confidence']:.2f} %, "
+        f"{right} {100 * found['accuracy']:.2f} %, so it is {way} on the whole"
     )
 
 

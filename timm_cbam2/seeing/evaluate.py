@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Iterator
+from typing import Annotated, Any, Iterator, Sequence
 
-import torch
+import numpy as np
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from ..data.images import Images
 from ..data.loading import ImageDataset, data_config, make_loader
@@ -18,11 +18,10 @@ from ..errors import UserError, require
 from ..files import write_whole
 from ..hub.zoo import class_names, load, resolve, run_settings, whole_name
 from ..training.predictions import predict_all
-from .calibration import accuracy_interval, calibration, macro_f1, reliability_bytes, said
-from .figures import confusion_picture
+from .measured import draw, lines, numbers
 from .views_averaged import TTA_HELP, with_views
 
-__all__ = ["evaluate", "match_classes"]
+__all__ = ["evaluate", "match_classes", "translated"]
 
 
 def _some(names: list[str]) -> str:
@@ -33,8 +32,13 @@ def match_classes(model: nn.Module, images: Images, name: str) -> list[int]:
     """For each class of the data, its index in the model's output.
 
     Raises:
-        UserError: the model lacks a class of the data, or does not name its classes and has another number of them.
+        UserError: the model lacks a class of the data, does not name its classes and has another number of them, or
+            tells one label of an image where the data have several, or the other way round.
     """
+    if getattr(model, "multi_label", False) != images.multi_label:
+        of_data, of_model = ("several labels", "one") if images.multi_label else ("one label", "several")
+        hint = "" if images.multi_label else "; give a table with --multi-label"
+        raise UserError(f"labels do not match: {images.name} has {of_data} an image, {name} tells {of_model}{hint}")
     known = class_names(model)
     if known is None:
         if model.num_classes != len(images.classes):
@@ -57,6 +61,21 @@ def match_classes(model: nn.Module, images: Images, name: str) -> list[int]:
     return [known.index(c) for c in images.classes]
 
 
+def translated(labels: Sequence[Any], targets: Sequence[int], classes: int) -> list[Any]:
+    """Labels of the data as a model's: class indices, or rows of 0 and 1 for each of its `classes`.
+
+    Args:
+        labels: of the data.
+        targets: see `match_classes`.
+        classes: number of the model's.
+    """
+    if all(isinstance(label, int) for label in labels):
+        return [targets[label] for label in labels]
+    found = np.zeros((len(labels), classes), dtype=np.int8)
+    found[:, targets] = np.array(labels)
+    return list(found)
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="Run or model folder, hf-hub: id, or name.")],
     data: Annotated[str | None, typer.Option(help="As for finetune; for a run, its own data.")] = None,
@@ -67,11 +86,15 @@ def evaluate(
     img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
     image_column: Annotated[str | None, typer.Option(help="Column with the images, for a data set in tables.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the labels, for a data set in tables.")] = None,
+    labels: Annotated[str | None, typer.Option(help="Table that says what is in the images of a folder.")] = None,
+    multi_label: Annotated[bool, typer.Option(help="Several labels an image, as for finetune.")] = False,
     tta: Annotated[str | None, typer.Option(help=TTA_HELP)] = None,
     skip_bad_images: Annotated[bool, typer.Option(help="Count unreadable images and go on.")] = False,
     output: Annotated[Path | None, typer.Option(help="Folder for the picture and the numbers.")] = None,
 ) -> dict[str, Any]:
     """Measure a model: top-1 with its 95 % interval, top-5, macro F1, calibration, per class; and draw it.
+
+    Of images with several labels: mean average precision in place of top-1 and top-5.
 
     Raises:
         UserError: no such model or data, labels that do not match, an unreadable image.
@@ -88,7 +111,7 @@ def evaluate(
     if own:
         images = images_of_run(run, image_column, label_column, val_split)
     else:
-        images = find_images(data, image_column, label_column)
+        images = find_images(data, image_column, label_column, labels, multi_label)
         images = images if val_split is None else images.with_val(val_split)
     split = split or next(s for s in ("val", "test", "all", "train") if s in images.splits)
     if split not in images.splits:
@@ -96,7 +119,8 @@ def evaluate(
 
     accelerator = Accelerator()
     network = load(model)
-    targets = torch.tensor(match_classes(network, images, model))
+    targets = match_classes(network, images, model)
+    several = images.multi_label
     folder = output or (Path(run["folder"]) if run else Path("evaluations")) / _folder_name(model, images, split, run)
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -104,9 +128,9 @@ def evaluate(
     saved = resolve(model).startswith(("local-dir:", "hf-hub:"))
     config = data_config(network, img_size, **({} if saved else images.data_config))
     samples = images.splits[split]
-    samples.labels = targets[torch.tensor(samples.labels)].tolist()
+    samples.labels = translated(samples.labels, targets, network.num_classes)
     names = class_names(network) or images.classes
-    network, config = with_views(network, config, tta, (run or {}).get("augment"))
+    network, config = with_views(network, config, tta, (run or {}).get("augment"), several)
     dataset = ImageDataset(samples, config, skip_bad=skip_bad_images or bool(settings.get("skip_bad_images")))
     dataset.check_headers()
     if workers is None:
@@ -117,33 +141,14 @@ def evaluate(
     if not found.loss.isfinite().all():
         raise UserError(f"{model} gives no finite numbers: its training diverged; use an earlier checkpoint")
 
-    k = found.top.shape[1]
-    matrix = found.confusion(len(names))
-    counts = matrix.sum(1)
-    result = {
-        "model": model,
-        "data": images.name,
-        "split": split,
-        "images": len(found.labels),
-        "bad_images": int(dataset.bad.sum()),
-        "top1": found.accuracy(),
-        "top1_interval": accuracy_interval(found.correct),
-        f"top{k}": found.accuracy(k),
-        "macro_f1": macro_f1(found),
-        "loss": found.loss.double().mean().item(),
-        "tta": tta,
-        "calibration": calibration(found.confidence, found.correct),
-        "per_class": {
-            name: {"images": int(n), "accuracy": int(matrix[i, i]) / int(n)}
-            for i, (name, n) in enumerate(zip(names, counts.tolist()))
-            if n
-        },
-        "classes": names,
-        "confusion": matrix.tolist(),
-    }
+    result = {"model": model, "data": images.name, "split": split, "tta": tta, "bad_images": int(dataset.bad.sum())}
+    result |= numbers(found, names)
     if accelerator.is_main_process:
-        _write(result, matrix, names, folder)
-        _show(result, k, folder, images.notes)
+        with _writing(folder):
+            write_whole(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+            share = f"{100 * result['map']:.2f} % mAP on" if several else f"{100 * result['top1']:.2f} % of"
+            pictures = draw(result, folder, f"{images.name}, {split}: {share} {result['images']} images")
+        _show(result, folder, pictures, images.notes)
     return result
 
 
@@ -165,35 +170,14 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"--output {folder} cannot be written ({error.strerror}): give another folder") from error
 
 
-def _write(result: dict[str, Any], matrix: Tensor, names: list[str], folder: Path) -> None:
-    present = (matrix.sum(0) + matrix.sum(1)) > 0 if len(names) > 60 else torch.ones(len(names), dtype=torch.bool)
-    kept = present.nonzero().flatten().tolist()
-    title = f"{result['data']}, {result['split']}: {100 * result['top1']:.2f} % of {result['images']} images"
-    with _writing(folder):
-        write_whole(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
-        write_whole(folder / "reliability.png", reliability_bytes(result["calibration"]))
-        confusion_picture(matrix[kept][:, kept], [names[i] for i in kept], folder / "confusion.png", title)
-
-
-def _show(result: dict[str, Any], k: int, folder: Path, notes: list[str]) -> None:
+def _show(result: dict[str, Any], folder: Path, pictures: list[Path], notes: list[str]) -> None:
     for note in notes:
         print(f"note: {note}")
     print(f"{result['model']} on {result['data']}, {result['split']} split, {result['images']} images")
-    print(f"  top-1 {100 * result['top1']:.2f} %   top-{k} {100 * result[f'top{k}']:.2f} %   loss {result['loss']:.4f}")
-    low, high = result["top1_interval"]
-    print(
-        f"  95 % interval of top-1: {100 * low:.2f} to {100 * high:.2f} %   macro F1 {100 * result['macro_f1']:.2f} %"
-    )
-    print(f"  {said(result['calibration'])}")
+    told = lines(result)
     if result["tta"]:
-        print(f"  probabilities averaged over views of each image: --tta {result['tta']}")
+        told.insert(2, f"probabilities averaged over views of each image: --tta {result['tta']}")
     if result["bad_images"]:
-        print(f"  {result['bad_images']} unreadable images left out")
-    rows = sorted(result["per_class"].items(), key=lambda item: item[1]["accuracy"])
-    shown = rows if len(rows) <= 20 else rows[:20]
-    width = max(len(name) for name, _ in shown)
-    print("  per class" + (", the worst 20" if len(rows) > len(shown) else "") + ":")
-    for name, row in shown:
-        print(f"    {name:<{width}}  {100 * row['accuracy']:6.2f} %  of {row['images']}")
-    print(f"  numbers  {folder / 'evaluation.json'}")
-    print(f"  pictures {folder / 'confusion.png'}, {folder / 'reliability.png'}")
+        told.insert(2, f"{result['bad_images']} unreadable images left out")
+    print("\n".join(f"  {line}" for line in told))
+    print(f"  numbers  {folder / 'evaluation.json'}\n  pictures {', '.join(map(str, pictures))}")

@@ -99,7 +99,9 @@ class Explainer:
             logits = self.model(x)
         if not logits.isfinite().all():
             raise UserError(f"{self.name} gives no finite numbers: its training diverged; use an earlier checkpoint")
-        best = logits.float().softmax(1)[0].topk(min(5, logits.shape[1]))
+        several = getattr(self.model, "multi_label", False)
+        probabilities = logits.float().sigmoid() if several else logits.float().softmax(1)
+        best = probabilities[0].topk(min(5, logits.shape[1]))
         names = self.names or [f"class {i}" for i in range(logits.shape[1])]
         answers = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
         views = [_view(name, self.blocks[name], attention) for name, attention in records.items()]

@@ -5,15 +5,16 @@ from __future__ import annotations
 import io
 import warnings
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..files import write_whole
-from ..hub.run_folder import best_row
+from ..hub.run_folder import best_row, score, score_name
 
 __all__ = [
+    "bars_bytes",
     "confusion_picture",
     "curves_picture",
     "draw_accuracy",
@@ -55,10 +56,10 @@ def draw_loss(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 def draw_accuracy(axes: Any, rows: Sequence[dict[str, Any]]) -> None:
     """Draw the accuracies of the rows of `metrics.jsonl` against the epoch."""
-    _curve(axes, rows, "accuracy", 100, "accuracy (%)")
+    _curve(axes, rows, "accuracy", 100, "all labels of an image right (%)" if "val_map" in rows[0] else "accuracy (%)")
     best = best_row(rows)
     axes.axvline(best["epoch"], color=VAL, linewidth=1, linestyle=":")
-    axes.set_title(f"best: {100 * best['val_accuracy']:.2f} % after epoch {best['epoch']}", fontsize=10)
+    axes.set_title(f"best {score_name(best)}: {100 * score(best):.2f} % after epoch {best['epoch']}", fontsize=10)
 
 
 def _curve(axes: Any, rows: Sequence[dict[str, Any]], key: str, factor: float, name: str) -> None:
@@ -86,6 +87,23 @@ def curves_picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> No
     draw_accuracy(right, rows)
     figure.suptitle(plain(title), fontsize=11)
     save_figure(figure, path)
+
+
+def bars_bytes(values: Mapping[str, float], title: str) -> bytes:
+    """A bar for the share (0 to 1) of each name, the lowest first and at most 60 of them, as PNG."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(values.items(), key=lambda item: item[1])[:60]
+    figure = Figure(figsize=(6.5, 1.2 + 0.22 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(
+        [plain(name if len(name) <= 24 else name[:23] + "…") for name, _ in rows], [v for _, v in rows], color=VAL
+    )
+    axes.invert_yaxis()
+    axes.set(xlabel="average precision", xlim=(0, 1))
+    axes.set_title(plain(title), fontsize=11)
+    axes.grid(axis="x", alpha=0.3)
+    return figure_bytes(figure)
 
 
 def confusion_picture(matrix: Tensor, classes: Sequence[str], path: Path, title: str) -> None:

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +19,13 @@ from ..hub.zoo import class_names, load
 from ..training.predictions import Predictions
 from .attention_picture import LOWERS, NEUTRAL, RAISES, overlay, reach_of, scale_label, short_name, shown_blocks
 from .calibration import calibration, reliability_bytes, said
-from .evaluate import match_classes
+from .evaluate import match_classes, translated
 from .explain import Explainer
 from .figures import confusion_picture
 from .html_parts import bytes_image, colour_scale, pixels_image, table
 from .views import Explanation
 
-__all__ = ["Seen", "calibration_part", "confusion_part", "look", "mistakes_part"]
+__all__ = ["Seen", "calibration_part", "confusion_part", "look", "mistakes_part", "open_images", "said_in_time"]
 
 MISTAKES = 10
 
@@ -61,32 +61,31 @@ def look(settings: Mapping[str, Any], seconds: float | None) -> Seen:
         UserError: no model, no images any more, other classes than in the run, or not the time to load what was
             streamed.
     """
+    return _predict(*open_images(settings, seconds), seconds)
+
+
+def open_images(settings: Mapping[str, Any], seconds: float | None) -> tuple[nn.Module, Samples, list[str]]:
+    """The best model of a run, its validation images with labels as the model's, and the names of the classes.
+
+    Raises:
+        UserError: see `look`.
+    """
     if settings.get("streaming") and seconds is not None:
         raise UserError("the images were streamed; `timm-cbam2 report RUN` loads them all and looks at them")
     model = load(settings["folder"])
     images = images_of_run(settings)
     targets = match_classes(model, images, settings["folder"])
     samples = images.splits["val"]
-    samples.labels = [targets[label] for label in samples.labels]
-    return _predict(model, samples, class_names(model) or images.classes, seconds)
+    samples.labels = translated(samples.labels, targets, model.num_classes)
+    return model, samples, class_names(model) or images.classes
 
 
-@torch.no_grad()
 def _predict(model: nn.Module, samples: Samples, names: list[str], seconds: float | None) -> Seen:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model.to(device).eval()
-    order = torch.arange(len(samples))
-    if seconds is not None:
-        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
-    dataset = ImageDataset(samples.select(order.tolist()), data_config(model), skip_bad=True)
-    start, parts = time.monotonic(), []
-    for x, labels, indices in make_loader(dataset, 32, 0):
-        logits = model(x.to(device)).float().cpu()
+    parts = []
+    for logits, labels, indices in said_in_time(model, samples, seconds):
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        parts.append((top, loss, labels, logits.softmax(1).amax(1), order[indices]))
-        if seconds is not None and time.monotonic() - start > seconds:
-            break
+        parts.append((top, loss, labels, logits.softmax(1).amax(1), indices))
     *found, indices = (torch.cat(column) for column in zip(*parts))
     readable = found[2] >= 0
     if not readable.any():
@@ -94,6 +93,22 @@ def _predict(model: nn.Module, samples: Samples, names: list[str], seconds: floa
     return Seen(
         Predictions(*(column[readable] for column in found)), samples, indices[readable].tolist(), model.cpu(), names
     )
+
+
+@torch.no_grad()
+def said_in_time(model: nn.Module, samples: Samples, seconds: float | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Logits (B, K), labels and indices of batches of images, in an order that mixes the classes if time is short."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).eval()
+    order = torch.arange(len(samples))
+    if seconds is not None:
+        order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(0))
+    dataset = ImageDataset(samples.select(order.tolist()), data_config(model), skip_bad=True)
+    start = time.monotonic()
+    for x, labels, indices in make_loader(dataset, 32, 0):
+        yield model(x.to(device)).float().cpu(), labels, order[indices]
+        if seconds is not None and time.monotonic() - start > seconds:
+            break
 
 
 def confusion_part(seen: Seen, known: Tensor | None, path: Path) -> str:

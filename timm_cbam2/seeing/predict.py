@@ -28,12 +28,15 @@ FEW = 64  # images that are read before worker processes would have started
 def predict(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Run or model folder, hf-hub: id, or registered name.")],
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, and folders of them.")],
-    top_k: Annotated[int, typer.Option(min=1, help="Classes to name.")] = 3,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes to name, at most.")] = 3,
     img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 32,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Processes that read images; by default as needed.")
     ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Of models that tell several labels: probability from which on.")
+    ] = 0.5,
     tta: Annotated[str | None, typer.Option(help=TTA_HELP)] = None,
     output: Annotated[Path | None, typer.Option(help="All probabilities, into a .csv or .json file.")] = None,
     features: Annotated[Path | None, typer.Option(help="What the classifier sees of each image, into .npz.")] = None,
@@ -55,29 +58,40 @@ def predict(
     names = class_names(network, describe=True) or [f"class {i}" for i in range(network.num_classes)]
     run = run_settings(model) or {}
     watch = _Watch(network) if features is not None else None
-    network, config = with_views(network, data_config(network, img_size), tta, run.get("augment"))
+    several = network.multi_label
+    network, config = with_views(network, data_config(network, img_size), tta, run.get("augment"), several)
     dataset = ImageDataset(Samples(files, [0] * len(files)), config, skip_bad=True)
     if workers is None:
         workers = 0 if len(files) <= FEW else min(usable_cpus(), 8)
     answers: dict[str, list[tuple[str, float]]] = {}
     read, found, seen = [], [], []
-    for indices, probabilities in _probabilities(network, make_loader(dataset, batch_size, workers), watch, seen):
+    loader = make_loader(dataset, batch_size, workers)
+    for indices, probabilities in _probabilities(network, loader, several, watch, seen):
         if not probabilities.isfinite().all():
             raise UserError(f"{model} gives no finite numbers: its training diverged; use an earlier checkpoint")
         best = probabilities.topk(min(top_k, len(names)))
         for index, values, chosen in zip(indices, best.values.tolist(), best.indices.tolist()):
             answers[files[index]] = [(names[i], p) for p, i in zip(values, chosen)]
-            shown = ", ".join(f"{name} {100 * p:.1f} %" for name, p in answers[files[index]])
-            print(f"{files[index]}: {shown}", flush=True)
+            print(f"{files[index]}: {_said(answers[files[index]], threshold if several else 0.0)}", flush=True)
         if output is not None or features is not None:
             read += [files[index] for index in indices]
             found.append(probabilities)
     if read and output is not None:
-        print(f"probabilities {write_predictions(output, model, names, read, torch.cat(found))}")
+        of_all = torch.cat(found)
+        print(f"probabilities {write_predictions(output, model, names, read, of_all, threshold if several else None)}")
     if read and features is not None:
         print(f"features {write_features(features, read, torch.cat(seen))}")
     _refuse_unread([file for file, bad in zip(files, dataset.bad.tolist()) if bad], dataset.mode)
     return answers
+
+
+def _said(answers: Sequence[tuple[str, float]], threshold: float) -> str:
+    """Those of the answers that are likely enough, or that none is."""
+    likely = [f"{name} {100 * p:.1f} %" for name, p in answers if p >= threshold]
+    if likely:
+        return ", ".join(likely)
+    name, p = answers[0]
+    return f"nothing above {100 * threshold:g} % ({name} {100 * p:.1f} %)"
 
 
 class _Watch:
@@ -98,7 +112,7 @@ class _Watch:
 
 @torch.no_grad()
 def _probabilities(
-    network: nn.Module, loader: Any, watch: _Watch | None, seen: list[Tensor]
+    network: nn.Module, loader: Any, several: bool, watch: _Watch | None, seen: list[Tensor]
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Numbers of the readable images of each batch, and their probabilities (B, K); features go to `seen`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -108,7 +122,8 @@ def _probabilities(
         if not readable.any():
             continue
         images = images[readable].to(device, non_blocking=True)
-        probabilities = network(images).float().softmax(1).cpu()
+        logits = network(images).float()
+        probabilities = (logits.sigmoid() if several else logits.softmax(1)).cpu()
         if watch is not None:
             seen.append(watch.take())
         yield indices[readable].tolist(), probabilities

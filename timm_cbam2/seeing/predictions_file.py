@@ -33,10 +33,21 @@ def check_names(output: Path | None, features: Path | None) -> None:
 
 
 def write_predictions(
-    path: Path, model: str, names: Sequence[str], images: Sequence[str], probabilities: Tensor
+    path: Path,
+    model: str,
+    names: Sequence[str],
+    images: Sequence[str],
+    probabilities: Tensor,
+    threshold: float | None = None,
 ) -> Path:
-    """A row for each image: its name, the most likely class, and the probability of each class, of (N, K)."""
-    best = [names[i] for i in probabilities.argmax(1).tolist()]
+    """A row for each image: its name, the answer, and the probability of each class, of (N, K).
+
+    The answer is the most likely class or, with a `threshold`, all classes from it on, with | between them.
+    """
+    if threshold is None:
+        best = [names[i] for i in probabilities.argmax(1).tolist()]
+    else:
+        best = ["|".join(name for name, p in zip(names, row) if p >= threshold) for row in probabilities.tolist()]
     rows = probabilities.double().numpy().round(7).tolist()
     if path.suffix.lower() == ".csv":
         text = io.StringIO()

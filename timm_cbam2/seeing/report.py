@@ -15,14 +15,15 @@ from torch import Tensor
 
 from ..errors import UserError, require
 from ..files import duration, write_whole
-from ..hub.run_folder import best_row, read_metrics
+from ..hub.run_folder import best_row, read_metrics, score, score_name
 from ..hub.zoo import run_settings
 from ..training.options import option_names
 from .attention_picture import BRANCH_COLOURS, FUSION_COLOURS
 from .figures import draw_accuracy, draw_loss, figure_bytes
 from .health_picture import health_panels, health_rows
 from .html_parts import bytes_image, page, side_by_side, stacked_bars, table
-from .mistakes import calibration_part, confusion_part, look, mistakes_part
+from .labels_part import labels_part
+from .mistakes import calibration_part, confusion_part, look, mistakes_part, open_images
 
 __all__ = ["report", "write_report"]
 
@@ -89,6 +90,7 @@ def _head(title: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
     best = best_row(rows)
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime((folder / "metrics.jsonl").stat().st_mtime))
     top5 = f", top-5 {_percent(best['val_top5'])}" if best.get("val_top5") not in (None, 1.0) else ""
+    what = score_name(best) if "val_map" in best else "top-1"
     stopped = ""
     if rows[-1]["epoch"] < settings["epochs"]:
         stopped = f" The run holds {rows[-1]['epoch']} of the {settings['epochs']} epochs asked for."
@@ -96,7 +98,7 @@ def _head(title: str, settings: Mapping[str, Any], rows: Sequence[Mapping[str, A
     counts = ", ".join(f"{count:,} {split}" for split, count in (settings.get("images") or {}).items())
     return (
         f"<h1>{escape(title)}</h1>"
-        f'<p class="big"><b>{_percent(best["val_accuracy"])}</b> top-1{top5} on {best.get("val_images", "the")} '
+        f'<p class="big"><b>{_percent(score(best))}</b> {what}{top5} on {best.get("val_images", "the")} '
         f"validation images, after epoch {best['epoch']} of {rows[-1]['epoch']}.</p>"
         f"<p>{escape(str(settings['model']))}, {settings.get('parameters', 0) / 1e6:.2f} M parameters, from {start}; "
         f"{len(settings.get('classes', ()))} classes; images: {escape(counts)}. Finished {when}.{stopped}</p>"
@@ -123,6 +125,8 @@ def _plot(draw: Callable[[Any], None], title: str = "") -> bytes:
 
 def _errors(settings: Mapping[str, Any], seconds: float | None, confusion: Tensor | None, folder: Path) -> str:
     try:
+        if settings.get("multi_label"):
+            return labels_part(*open_images(settings, seconds), seconds)
         seen = look(settings, seconds)
     except UserError as error:
         return f'<h2>Mistakes</h2><p class="note">Not measured: {escape(str(error))}</p>'

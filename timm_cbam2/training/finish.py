@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import UserError, one_line
 from ..files import duration
 from ..hub.card import write_card
+from ..hub.run_folder import score, score_name
 from .observer import observer
 
 __all__ = ["draw_curves", "finish", "push_best", "summary"]
@@ -63,7 +64,7 @@ def finish(
     if settings["train"] != "all":
         print(f"\n{share_trained(settings['train'], *trained)}; {rows[-1]['images_per_second']:.0f} images/s")
     print(
-        f"\ndone in {duration(seconds)}: best validation accuracy {100 * best['val_accuracy']:.2f} % "
+        f"\ndone in {duration(seconds)}: best validation {score_name(best)} {100 * score(best):.2f} % "
         f"after epoch {best['epoch']} of {rows[-1]['epoch']}"
     )
     print(f"  best model  {folder / 'best'}\n  last model  {folder / 'last'}\n  curves      {folder / 'curves.png'}")

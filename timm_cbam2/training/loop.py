@@ -21,6 +21,7 @@ from .finish import draw_curves, finish, push_best
 from .guards import LossWatch, StopSignal, bad_loss
 from .measuring import measure, record, save_model
 from .optimise import keep_frozen, make_loss
+from .predictions import count_hits
 from .progress import MetricsFile, Progress
 from .settings import save_interval
 from .snapshot import fitting
@@ -54,9 +55,7 @@ class Run:
     def __post_init__(self) -> None:
         accelerator, settings = self.accelerator, self.settings
         self.model = accelerator.unwrap_model(self.network)
-        weights = None
-        if settings["balance"] == "weights":
-            weights = class_weights(self.images.splits["train"].labels, len(self.images.classes))
+        weights = class_weights(self.images) if settings["balance"] == "weights" else None
         self.criterion, self.mixup = make_loss(settings, len(self.images.classes), weights)
         self.criterion.to(accelerator.device)
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
@@ -227,7 +226,7 @@ class Run:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
             with torch.no_grad():
-                hits = (logits.argmax(1) == labels).sum()
+                hits = count_hits(logits, labels)
                 batch = torch.stack([loss.detach() * len(labels), hits, torch.full_like(hits, len(labels))]).to(
                     self.sums
                 )

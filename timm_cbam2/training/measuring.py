@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..files import write_whole
 from ..hub.folder import save
+from ..hub.run_folder import rank, score
 from .checkpoint import writing
 from .guards import check_validation
 from .observer import observer
@@ -34,7 +35,7 @@ def measure(run: Any) -> dict[str, Any]:
             broadcast(buffer)
         found = _predict(run, run.ema.module)
     check_validation((found.loss, raw.loss), at.epoch, run.lr(), run.newest())
-    run.confusion = found.confusion(len(run.images.classes)).to(torch.int32)
+    run.confusion = None if run.images.multi_label else found.confusion(len(run.images.classes)).to(torch.int32)
     row = {
         "epoch": at.epoch,
         "step": at.updates,
@@ -43,7 +44,7 @@ def measure(run: Any) -> dict[str, Any]:
         "train_accuracy": hits / max(count, 1),
         "val_loss": found.loss.double().mean().item(),
         "val_accuracy": found.accuracy(),
-        "val_top5": found.accuracy(5),
+        **(found.measures() if run.images.multi_label else {"val_top5": found.accuracy(5)}),
         "val_images": len(found.labels),
     }
     if run.ema is not None:  # val_… are those of the average, which is what is saved as a model
@@ -59,8 +60,7 @@ def measure(run: Any) -> dict[str, Any]:
 def record(run: Any, row: dict[str, Any]) -> None:
     """Keep the best model, write and show the row."""
     at = run.at
-    rank = (row["val_accuracy"], -row["val_loss"])
-    better = at.best is None or rank > (at.best["val_accuracy"], -at.best["val_loss"])
+    better = at.best is None or rank(row) > rank(at.best)
     if better:
         at.best, at.waited, at.confusion = row, 0, run.confusion
         save_model(run, "best")
@@ -79,7 +79,7 @@ def record(run: Any, row: dict[str, Any]) -> None:
     run.progress.say(
         f"epoch {row['epoch']:>3}/{run.settings['epochs']}  train loss {row['train_loss']:.3f} "
         f"accuracy {100 * row['train_accuracy']:.1f} %  validation loss {row['val_loss']:.3f} "
-        f"accuracy {100 * row['val_accuracy']:.2f} %{' *' if better else '  '} "
+        f"{'mAP' if 'val_map' in row else 'accuracy'} {100 * score(row):.2f} %{' *' if better else '  '} "
         f"{row['images_per_second']:.0f} images/s" + (f"  {bad} unreadable images left out" if bad else "")
     )
     for text in (row["health"] or {}).get("warnings", ()):

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError, one_line
 from ..models.cbam2 import is_cbam2
+from .multi_label import MultiLabelLoss
 
 __all__ = ["attention_parameters", "freeze", "keep_frozen", "make_loss", "make_optimizer", "make_schedule"]
 
@@ -158,13 +159,15 @@ def make_loss(settings: dict[str, Any], classes: int, weights: Tensor | None = N
     Args:
         settings: of the run.
         classes: number of them, K.
-        weights: (K,) what each class counts, None for 1 each; with --bce, what its positives count.
+        weights: (K,) what each class counts, None for 1 each; in binary cross-entropy, what its positives count.
     """
     smoothing = settings["label_smoothing"]
     mixup = None
     if settings["mixup"] > 0 or settings["cutmix"] > 0:
         mixup = Mixup(settings["mixup"], settings["cutmix"], label_smoothing=smoothing, num_classes=classes)
         smoothing = 0.0  # is in the mixed targets
+    if settings["multi_label"]:
+        return MultiLabelLoss(smoothing, settings["bce_target_threshold"], weights), mixup
     if settings["bce"]:
         return BinaryCrossEntropy(smoothing, settings["bce_target_threshold"], pos_weight=weights), mixup
     return nn.CrossEntropyLoss(weights, label_smoothing=smoothing), mixup

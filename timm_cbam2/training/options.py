@@ -98,6 +98,17 @@ class Options:
     ] = "0.2"
     image_column: Annotated[str | None, _option(DATA, "Column with the images, for a data set in tables.")] = None
     label_column: Annotated[str | None, _option(DATA, "Column with the labels, for a data set in tables.")] = None
+    labels: Annotated[
+        str | None, _option(DATA, "Table that says what is in the images of a folder: .csv, .tsv or .jsonl.")
+    ] = None
+    multi_label: Annotated[
+        bool,
+        _option(
+            DATA,
+            "Several labels an image: a text with | ; , or spaces between them, or a column of 0 and 1 for each class.",
+            "--multi-label/--no-multi-label",
+        ),
+    ] = False
     skip_bad_images: Annotated[
         bool, _option(DATA, "Count unreadable images and go on.", "--skip-bad-images/--no-skip-bad-images")
     ] = False

@@ -10,8 +10,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..errors import UserError
+from .multi_label import MultiPredictions, said_of_labels
 
-__all__ = ["Predictions", "predict_all"]
+__all__ = ["Predictions", "count_hits", "predict_all"]
+
+
+def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of B images are named rightly: class indices (B,), or all of K labels (B, K)."""
+    if labels.ndim == 1:
+        return (logits.argmax(1) == labels).sum()
+    return ((logits > 0) == (labels > 0)).all(1).sum()
 
 
 @dataclass
@@ -44,7 +52,7 @@ class Predictions:
 @torch.no_grad()
 def predict_all(
     accelerator: Any, model: nn.Module, loader: DataLoader, stop: Callable[[], bool] | None = None
-) -> Predictions | None:
+) -> Predictions | MultiPredictions | None:
     """Run `model` over `loader` on every process; each image counts once, unreadable ones (label -1) not at all.
 
     The model is left in the mode it was in. A loader that Accelerate did not prepare holds this process's own images,
@@ -53,7 +61,7 @@ def predict_all(
     Args:
         accelerator: of the process.
         model: gives logits (B, K).
-        loader: gives images, labels, indices.
+        loader: gives images, labels (B,) or several of each image (B, K), indices.
         stop: asked before each batch, on all processes alike, whether to leave; the result is then None.
 
     Raises:
@@ -74,9 +82,12 @@ def predict_all(
         images, labels = images.to(accelerator.device), labels.to(accelerator.device)
         with accelerator.autocast():
             logits = run(images).float()
-        loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        found = (top, loss, labels, logits.softmax(1).amax(1))
+        if labels.ndim > 1:
+            found = said_of_labels(logits, labels)
+        else:
+            loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1, reduction="none")
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            found = (top, loss, labels, logits.softmax(1).amax(1))
         parts.append([t.cpu() for t in (accelerator.gather_for_metrics(found) if prepared else found)])
     model.train(training)
     if not parts:  # this process's share of a stream is empty
@@ -87,10 +98,11 @@ def predict_all(
         on_device = [t.to(accelerator.device) for t in columns]
         padded = [accelerator.pad_across_processes(t, pad_index=-1) for t in on_device]
         columns = [accelerator.gather(t).cpu() for t in padded]
-    seen = columns[2] >= 0
+    several = columns[2].ndim > 1
+    seen = (columns[2][:, 0] if several else columns[2]) >= 0
     if not seen.any():
         raise UserError("none of the images to measure on can be read")
-    return Predictions(*(column[seen] for column in columns))
+    return (MultiPredictions if several else Predictions)(*(column[seen] for column in columns))
 
 
 def _while_any(accelerator: Any, loader: DataLoader) -> Iterator[Any]:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from typing import Any, Mapping
 
+import numpy as np
 import timm
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from ..hub.zoo import class_names, load, pretrained_tags, resolve
 from ..models.passes_cbam2 import kernel_in_use
 from ..models.weights_cbam2 import WARM_START
 from .launch import usable_cpus
+from .multi_label import check_multi_label
 from .settings import DEFAULT_LR, DROPS, OF_THE_CALL
 
 __all__ = ["build", "check_resumable", "complete", "fingerprint", "make_datasets", "make_loaders", "open_images"]
@@ -61,6 +63,7 @@ def build(settings: dict[str, Any], images: Images) -> tuple[nn.Module, bool, li
             arguments[key] = settings[option]
     classes = len(images.classes)
     network = load(model, pretrained=pretrained, num_classes=classes, **arguments)
+    network.multi_label = images.multi_label  # goes into the configurations that are saved
     notes = []
     if pretrained:
         known = class_names(network)
@@ -78,7 +81,14 @@ def build(settings: dict[str, Any], images: Images) -> tuple[nn.Module, bool, li
 
 
 def complete(settings: dict[str, Any], images: Images, pretrained: bool) -> None:
-    """Fill in, in place, what depends on model and data."""
+    """Fill in, in place, what depends on model and data.
+
+    Raises:
+        UserError: options that do not go with several labels an image.
+    """
+    settings["multi_label"] = images.multi_label
+    if images.multi_label:
+        check_multi_label(settings)
     settings["pretrained"] = pretrained
     settings["lr"] = settings["lr"] or DEFAULT_LR["pretrained" if pretrained else "scratch"]
     if settings["augment"] == "auto":
@@ -166,7 +176,7 @@ def fingerprint(images: Images) -> dict[str, Any]:
     """What tells whether data are the same: counts, classes, and a digest of labels and file names."""
     digest = hashlib.sha256(repr(images.classes).encode())
     for split, samples in sorted(images.splits.items()):
-        digest.update(split.encode() + torch.tensor(samples.labels, dtype=torch.int64).numpy().tobytes())
+        digest.update(split.encode() + np.array(samples.labels, dtype=np.int64).tobytes())
         if isinstance(samples, FileSamples):
             for number, name in enumerate(samples.items.relative()):
                 digest.update(os.fsencode(f"\n{name}" if number else name))

@@ -107,6 +107,8 @@ def check_options(settings: dict[str, Any]) -> None:
             raise UserError(f"{_flag(option)} is empty: give one, or leave it out")
     _check_pairs(settings)
     _check_numbers(settings)
+    if settings["labels"] is not None:
+        settings["labels"] = str(_place(settings["labels"]))  # the same one when a run goes on elsewhere
     save_interval(settings["save_every"])
     parse_val_split(settings["val_split"])
     _check_together(settings)
@@ -178,6 +180,9 @@ def _check_together(settings: Mapping[str, Any]) -> None:
         raise UserError("--aug-repeats needs to know the images by number: it does not go with --streaming")
     if settings["balance"] != "none" and settings["streaming"]:
         raise UserError("--balance needs to know every label in advance: it does not go with --streaming")
+    for option in ("labels", "multi_label"):
+        if settings[option] and settings["streaming"]:
+            raise UserError(f"{_flag(option)} needs every label in advance: it does not go with --streaming")
     if settings["balance"] == "sampler" and settings["aug_repeats"] > 1:
         raise UserError("--balance sampler and --aug-repeats both decide which images repeat: give one of them")
 
