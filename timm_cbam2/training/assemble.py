@@ -14,6 +14,7 @@ from ..data.balance import balance_notes
 from ..data.images import Images
 from ..errors import UserError
 from . import prepare
+from .distill import make_distillation
 from .loop import Run
 from .optimise import freeze, make_optimizer, make_schedule
 from .settings import OF_THE_CALL
@@ -41,6 +42,11 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
         network = network.to(memory_format=torch.channels_last)
     parameters = sum(p.numel() for p in network.parameters())
     optimizer = make_optimizer(network, settings)
+    teacher = make_distillation(settings, images, config, accelerator)
+    if teacher is not None:
+        notes.append(
+            f"{100 * teacher.alpha:g} % of the loss is how far it is from what {settings['distill_from']} says"
+        )
     blueprint = prepare.whole_copy(network, accelerator)
     average = _average(network, settings, blueprint is not None)
     if settings["compile"]:
@@ -66,6 +72,7 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
         notes=[*notes, *balance_notes(images, settings["balance"])],
         side=tuple(config["input_size"][1:]),
         blueprint=blueprint,
+        teacher=teacher,
     )
     run.scheduler = make_schedule(optimizer, settings, run.updates_per_epoch)
     return run

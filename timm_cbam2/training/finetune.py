@@ -49,6 +49,9 @@ def finetune(**options: Any) -> dict[str, Any]:
     name, push_to = settings["model"], settings["push_to"]
     resolve(name)
     settings["model"] = whole_name(name)
+    if settings["distill_from"] is not None:
+        resolve(settings["distill_from"])
+        settings["distill_from"] = whole_name(settings["distill_from"])
     if push_to is not None and os.environ.get("RANK", "0") == "0":  # other machines push nothing and need no token
         from ..hub.push import check_push
 

@@ -50,6 +50,7 @@ class Run:
     notes: list[str]  # what a person should know of how it begins
     side: tuple[int, ...]  # pixels (H, W) to train on
     blueprint: nn.Module | None = None  # a whole copy to save, where the model is sharded
+    teacher: nn.Module | None = None  # mixes the loss with another model's answers
     at: Position = field(default_factory=Position)
 
     def __post_init__(self) -> None:
@@ -205,11 +206,10 @@ class Run:
                 self.sums += at.sums[mine].to(self.sums)
             elif mine == 0:
                 self.sums += at.sums.sum(0).to(self.sums)
-        channels_last = torch.channels_last if settings["channels_last"] else torch.preserve_format
         began, first = time.monotonic(), at.batch
         for images, labels, indices in self._batches():
             at.batch += 1
-            images = images.contiguous(memory_format=channels_last) if settings["channels_last"] else images
+            images = images.contiguous(memory_format=torch.channels_last) if settings["channels_last"] else images
             targets = labels
             if self.mixup is not None:
                 with seeded(settings["seed"], at.epoch, at.batch, accelerator.process_index, 1):
@@ -220,6 +220,7 @@ class Run:
             with accelerator.accumulate(network):
                 logits = network(images)
                 loss = self.criterion(logits, targets)
+                loss = loss if self.teacher is None else self.teacher(images, logits, loss)
                 accelerator.backward(loss)
                 if settings["clip_grad"] is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(network.parameters(), settings["clip_grad"])

@@ -66,6 +66,14 @@ class Options:
             "counts equally in the loss).",
         ),
     ] = "none"
+    distill_from: Annotated[
+        str | None,
+        _option(OPTIM, "Learn from this model's answers too: a run, such as of the twin without attention."),
+    ] = None
+    distill_alpha: Annotated[float, _option(OPTIM, "Share of the teacher in the loss.", min=0.0, max=1.0)] = 0.5
+    distill_temperature: Annotated[
+        float, _option(OPTIM, "Divides the logits of both, so that small probabilities count.", min=0.01)
+    ] = 2.0
     label_smoothing: Annotated[float, _option(OPTIM, "Share of the target that is spread.", min=0.0, max=0.9)] = 0.0
     patience: Annotated[int | None, _option(OPTIM, "Stop after so many epochs without a better one.", min=1)] = None
     train: Annotated[str, _option(MODEL, "all, attention, attention+head, or head; the rest stays frozen.")] = "all"

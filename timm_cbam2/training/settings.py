@@ -49,6 +49,8 @@ RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are
     "warmup_epochs": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),
     "mixup": ("a number from 0 on, such as 0.2", lambda value: 0 <= value < math.inf),
     "cutmix": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),
+    "distill_alpha": ("0 to 1, such as 0.5", lambda value: 0 <= value <= 1),
+    "distill_temperature": ("a number above 0, such as 2", lambda value: 0 < value < math.inf),
     "drop": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
     "drop_path": ("at least 0 and less than 1, such as 0.1", lambda value: 0 <= value < 1),
     "bce_target_threshold": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
@@ -180,6 +182,9 @@ def _check_together(settings: Mapping[str, Any]) -> None:
         raise UserError("--aug-repeats needs to know the images by number: it does not go with --streaming")
     if settings["balance"] != "none" and settings["streaming"]:
         raise UserError("--balance needs to know every label in advance: it does not go with --streaming")
+    for option in ("distill_alpha", "distill_temperature"):
+        if settings["distill_from"] is None and settings[option] != getattr(Options, option):
+            raise UserError(f"{_flag(option)} is about a teacher: give one with --distill-from, or leave it out")
     for option in ("labels", "multi_label"):
         if settings[option] and settings["streaming"]:
             raise UserError(f"{_flag(option)} needs every label in advance: it does not go with --streaming")
