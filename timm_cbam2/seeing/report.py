@@ -24,6 +24,7 @@ from .health_picture import health_panels, health_rows
 from .html_parts import bytes_image, page, side_by_side, stacked_bars, table
 from .labels_part import labels_part
 from .mistakes import calibration_part, confusion_part, look, mistakes_part, open_images
+from .range_part import range_part
 
 __all__ = ["report", "write_report"]
 
@@ -62,6 +63,7 @@ def write_report(folder: str | Path, seconds: float | None = None, confusion: Te
         parts = [
             _head(title, settings, rows, folder),
             _curves(rows),
+            range_part(folder),
             _errors(settings, seconds, confusion, folder),
             _health(rows, folder),
             _speed(rows),

@@ -14,9 +14,12 @@ from ..data.balance import balance_notes
 from ..data.images import Images
 from ..errors import UserError
 from . import prepare
+from .automatic import AUTO, said
+from .batch_size import choose_batch_size
 from .distill import make_distillation
 from .loop import Run
 from .optimise import freeze, make_optimizer, make_schedule
+from .range_test import choose_lr
 from .settings import OF_THE_CALL
 
 __all__ = ["assemble"]
@@ -35,18 +38,20 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
     config, val_config = prepare.make_configs(settings, images, network)
     resumed = settings["resume"] is not None and any((folder / "checkpoints").glob("step-*"))
     parts = prepare.make_datasets(settings, images, config, val_config, process, resumed)
-    train_loader, val_loader = prepare.make_loaders(settings, parts, process[1])
     trainable = freeze(network, settings["train"])
-    network = prepare.use_sync_bn(settings, network, accelerator).to(accelerator.device)
-    if settings["channels_last"]:
-        network = network.to(memory_format=torch.channels_last)
-    parameters = sum(p.numel() for p in network.parameters())
-    optimizer = make_optimizer(network, settings)
     teacher = make_distillation(settings, images, config, accelerator)
     if teacher is not None:
         notes.append(
             f"{100 * teacher.alpha:g} % of the loss is how far it is from what {settings['distill_from']} says"
         )
+    loss = prepare.make_run_loss(settings, images, accelerator)
+    found = _find(accelerator, network, settings, parts["train"], loss, teacher, config)
+    train_loader, val_loader = prepare.make_loaders(settings, parts, process[1])
+    network = prepare.use_sync_bn(settings, network, accelerator).to(accelerator.device)
+    if settings["channels_last"]:
+        network = network.to(memory_format=torch.channels_last)
+    parameters = sum(p.numel() for p in network.parameters())
+    optimizer = make_optimizer(network, settings)
     blueprint = prepare.whole_copy(network, accelerator)
     average = _average(network, settings, blueprint is not None)
     if settings["compile"]:
@@ -69,13 +74,35 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
         config=val_config,
         info=_compared(settings, images, process[1]),
         trained=(trainable, parameters),
-        notes=[*notes, *balance_notes(images, settings["balance"])],
+        notes=[*notes, *said(found), *balance_notes(images, settings["balance"])],
         side=tuple(config["input_size"][1:]),
         blueprint=blueprint,
         teacher=teacher,
+        loss=loss,
+        found=found,
     )
     run.scheduler = make_schedule(optimizer, settings, run.updates_per_epoch)
     return run
+
+
+def _find(
+    accelerator: Any,
+    network: nn.Module,
+    settings: dict[str, Any],
+    dataset: Any,
+    loss: tuple[nn.Module, Any],
+    teacher: nn.Module | None,
+    config: dict[str, Any],
+) -> dict[str, Any]:
+    """What is left to the run itself, filled into `settings` in place."""
+    found = {}
+    if settings["batch_size"] == AUTO:
+        found["batch_size"] = choose_batch_size(accelerator, network, settings, config["input_size"], len(dataset))
+        settings["batch_size"] = found["batch_size"]["chosen"]
+    if settings["lr"] == AUTO:
+        found["lr"] = choose_lr(accelerator, network, settings, dataset, loss, teacher)
+        settings["lr"] = found["lr"]["chosen"]
+    return found
 
 
 def _average(network: nn.Module, settings: dict[str, Any], divided: bool) -> ModelEmaV3 | None:

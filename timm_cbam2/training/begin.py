@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..errors import UserError, command_line
+from .automatic import remember
 from .checkpoint import read_info
 from .finish import share_trained
 from .guards import lock
@@ -95,6 +96,7 @@ def _write_settings(run: Run) -> None:
         temporary = folder / ".run.json.tmp"
         temporary.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
         temporary.replace(folder / "run.json")
+        remember(folder, run.found)
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written ({error.strerror}): give another folder") from error
 

@@ -24,7 +24,7 @@ INFO = "checkpoint.json"
 PREFIX = "step-"
 OF_THE_RUN = (
     "best", "last", "run.json", "metrics.jsonl", "report.html", "curves.png", "confusion.png", "health.png",
-    "bad_batch.json",
+    "bad_batch.json", "auto.json",
 )  # fmt: skip
 # Of each row of metrics.jsonl, as far as the rest of a run counts on it.
 MEASURED = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_second")

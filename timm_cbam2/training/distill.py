@@ -21,9 +21,9 @@ class Distillation(nn.Module):
     """The loss of a run, mixed with the divergence from what a teacher says of the same batch.
 
     "Distilling the Knowledge in a Neural Network" (Hinton et al., 2015, https://arxiv.org/abs/1503.02531):
-    (1 - alpha) · loss + alpha · T² · KL(teacher / T ‖ student / T). With several labels an image each class is a distribution of its
-    own. The teacher is in eval mode, gets no gradient, and sees the augmented, mixed images that the student sees,
-    normalised in its own way.
+    (1 - alpha) · loss + alpha · T² · KL(teacher / T ‖ student / T). With several labels an image each class is a
+    distribution of its own. The teacher is in eval mode, gets no gradient, and sees the augmented, mixed images that
+    the student sees, normalised in its own way.
 
     Args:
         teacher: gives logits (B, teacher's classes).

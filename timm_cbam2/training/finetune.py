@@ -14,6 +14,7 @@ from ..data.images import Images
 from ..data.sources import check_apart
 from ..errors import UserError, require
 from ..hub.zoo import resolve, whole_name
+from .automatic import recall
 from .launch import is_launched, launch, lost_peers, make_accelerator, tracker_names
 from .options import Options, takes_options
 from .recipe import Applied
@@ -83,6 +84,7 @@ def _train(settings: dict[str, Any], name: str) -> dict[str, Any]:
         folder = Path(broadcast_object_list([str(folder)])[0])  # its name has the time in it
         if folder.exists() and not folder.is_dir():
             raise UserError(f"--output {folder} is a file: give a folder")
+        recall(settings, folder)
         set_seed(settings["seed"])
         return begin(assemble(accelerator, settings, images, folder))
 

@@ -11,7 +11,6 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..data.balance import class_weights
 from ..data.images import Images
 from ..data.loading import kept_quiet, seeded
 from ..data.stream import in_turns, load_place, place
@@ -20,7 +19,7 @@ from .checkpoint import Checkpoints, Position
 from .finish import draw_curves, finish, push_best
 from .guards import LossWatch, StopSignal, bad_loss
 from .measuring import measure, record, save_model
-from .optimise import keep_frozen, make_loss
+from .optimise import keep_frozen
 from .predictions import count_hits
 from .progress import MetricsFile, Progress
 from .settings import save_interval
@@ -49,6 +48,8 @@ class Run:
     trained: tuple[int, int]  # numbers of parameters, those that are trained and all
     notes: list[str]  # what a person should know of how it begins
     side: tuple[int, ...]  # pixels (H, W) to train on
+    loss: tuple[nn.Module, Any]  # and what mixes a batch before it, or None
+    found: dict[str, Any]  # by --lr auto and --batch-size auto
     blueprint: nn.Module | None = None  # a whole copy to save, where the model is sharded
     teacher: nn.Module | None = None  # mixes the loss with another model's answers
     at: Position = field(default_factory=Position)
@@ -56,9 +57,7 @@ class Run:
     def __post_init__(self) -> None:
         accelerator, settings = self.accelerator, self.settings
         self.model = accelerator.unwrap_model(self.network)
-        weights = class_weights(self.images) if settings["balance"] == "weights" else None
-        self.criterion, self.mixup = make_loss(settings, len(self.images.classes), weights)
-        self.criterion.to(accelerator.device)
+        self.criterion, self.mixup = self.loss
         self.metrics = MetricsFile(self.folder / "metrics.jsonl")
         parts = {"position": self.at} if self.ema is None else {"position": self.at, "ema": self.ema}
         self.checkpoints = Checkpoints(accelerator, parts, self.folder, settings["keep"])

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Callable, get_type_hints
 
 import typer
 
+from .automatic import number_or_auto
 from .recipe import apply_recipe, apply_resume
 
 __all__ = ["Options", "option_names", "takes_options"]
@@ -37,8 +38,24 @@ class Options:
         _option(MODEL, "Start from weights; the default wherever they lie here, and for hf-hub: ids and tags."),
     ] = None
     epochs: Annotated[int, _option(OPTIM, "Times that every image is seen.", min=1)] = 6
-    batch_size: Annotated[int, _option(OPTIM, "Images per step and process.", min=2)] = 32
-    lr: Annotated[float | None, _option(OPTIM, "Peak learning rate; for adamw 2e-3, or 5e-4 if pretrained.")] = None
+    batch_size: Annotated[
+        int,
+        _option(
+            OPTIM,
+            "Images per step and process; auto: as many as a GPU takes.",
+            parser=number_or_auto(int),
+            metavar="NUMBER|auto",
+        ),
+    ] = 32
+    lr: Annotated[
+        float | None,
+        _option(
+            OPTIM,
+            "Peak learning rate; for adamw 2e-3, or 5e-4 if pretrained; auto: found by 100 steps with a rising one.",
+            parser=number_or_auto(float),
+            metavar="NUMBER|auto",
+        ),
+    ] = None
     weight_decay: Annotated[float, _option(OPTIM, "Not applied to norms, biases, temperatures.", min=0.0)] = 0.05
     opt: Annotated[str, _option(OPTIM, "Optimizer, by timm's name.")] = "adamw"
     opt_kwargs: Annotated[list[str], _pairs(OPTIM, "More of the optimizer's arguments.")] = field(default_factory=list)

@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import nn
 
-from ..data.balance import BalancedSampler
+from ..data.balance import BalancedSampler, class_weights
 from ..data.built_in import BUILT_IN
 from ..data.cached import CachedImages
 from ..data.folders import FileSamples
@@ -26,6 +26,7 @@ from ..models.passes_cbam2 import kernel_in_use
 from ..models.weights_cbam2 import WARM_START
 from .launch import usable_cpus
 from .multi_label import check_multi_label
+from .optimise import make_loss
 from .settings import DEFAULT_LR, DROPS, OF_THE_CALL
 
 __all__ = ["build", "check_resumable", "complete", "fingerprint", "make_datasets", "make_loaders", "open_images"]
@@ -148,6 +149,13 @@ def make_loaders(settings: dict[str, Any], parts: dict[str, Any], processes: int
         order["sampler"] = BalancedSampler(parts["train"].samples.labels, seed)
     train = make_loader(parts["train"], batch_size, workers, **order)
     return train, make_loader(parts["val"], batch_size, workers)
+
+
+def make_run_loss(settings: dict[str, Any], images: Images, accelerator: Any) -> tuple[nn.Module, Any]:
+    """The training loss on the run's device, and what mixes a batch before it or None."""
+    weights = class_weights(images) if settings["balance"] == "weights" else None
+    criterion, mixup = make_loss(settings, len(images.classes), weights)
+    return criterion.to(accelerator.device), mixup
 
 
 def use_sync_bn(settings: dict[str, Any], network: nn.Module, accelerator: Any) -> nn.Module:

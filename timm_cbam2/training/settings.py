@@ -16,6 +16,7 @@ from ..data.images import parse_val_split
 from ..data.loading import AUGMENT
 from ..errors import UserError, one_line
 from ..models.options_cbam2 import complete_options
+from .automatic import AUTO
 from .options import Options
 
 __all__ = ["check_options", "parse_pairs", "resolved_text", "save_interval"]
@@ -155,13 +156,13 @@ def _check_pairs(settings: dict[str, Any]) -> None:
 
 
 def _check_numbers(settings: Mapping[str, Any]) -> None:
-    if settings["lr"] is not None and not 0 < settings["lr"] < math.inf:
+    if settings["lr"] not in (None, AUTO) and not 0 < settings["lr"] < math.inf:
         raise UserError(f"--lr {settings['lr']:g} is not a learning rate: give a number above 0, such as 1e-3")
     if settings["lr"] is None and settings["opt"] != "adamw":
-        raise UserError(f"--opt {settings['opt']} has no default learning rate here: give one with --lr")
+        raise UserError(f"--opt {settings['opt']} has no default learning rate here: give one with --lr, or --lr auto")
     for option, (allowed, fits) in RANGES.items():
         value = settings[option]
-        if value is not None and not fits(value):
+        if value is not None and value != AUTO and not fits(value):
             raise UserError(f"{_flag(option)} {value:g} makes no sense: give {allowed}")
 
 
@@ -170,7 +171,7 @@ def _check_together(settings: Mapping[str, Any]) -> None:
     if settings["bce_target_threshold"] is not None and not settings["bce"]:
         raise UserError("--bce-target-threshold is a threshold of --bce: give that too, or leave it out")
     mixing = settings["mixup"] > 0 or settings["cutmix"] > 0
-    if mixing and settings["batch_size"] % 2:
+    if mixing and settings["batch_size"] != AUTO and settings["batch_size"] % 2:
         raise UserError(
             f"--batch-size {settings['batch_size']} is odd: --mixup and --cutmix pair images, give an even one"
         )
@@ -185,6 +186,9 @@ def _check_together(settings: Mapping[str, Any]) -> None:
     for option in ("distill_alpha", "distill_temperature"):
         if settings["distill_from"] is None and settings[option] != getattr(Options, option):
             raise UserError(f"{_flag(option)} is about a teacher: give one with --distill-from, or leave it out")
+    for option in ("lr", "batch_size"):
+        if settings[option] == AUTO and settings["streaming"]:
+            raise UserError(f"{_flag(option)} auto tries images in advance: it does not go with --streaming")
     for option in ("labels", "multi_label"):
         if settings[option] and settings["streaming"]:
             raise UserError(f"{_flag(option)} needs every label in advance: it does not go with --streaming")
