@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import chain
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -65,6 +66,9 @@ class FileSamples(Samples):
     """Images in files of their own."""
 
     items: Paths
+
+    def joined(self, other: Samples) -> FileSamples:
+        return FileSamples(Paths.of(chain(self.items, other.items)), [*self.labels, *other.labels])
 
     def select(self, indices: Sequence[int]) -> FileSamples:
         return FileSamples(self.items.select(indices), [self.labels[i] for i in indices])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import warnings
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -13,7 +14,7 @@ from typing import Any, Iterator, Sequence
 
 from ..errors import UserError
 
-__all__ = ["SPLITS", "ArraySamples", "Images", "Samples", "is_held_out", "parse_val_split"]
+__all__ = ["SPLITS", "ArraySamples", "Images", "Samples", "is_held_out", "parse_fold", "parse_val_split"]
 
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "dev"), "test": ("test", "testing")}
 SPLIT_SEED = 0  # the held-out images depend on the data only, so that runs with different seeds can be compared
@@ -38,6 +39,10 @@ class Samples:
 
     def name(self, index: int) -> str:
         return str(self.items[index])
+
+    def joined(self, other: Samples) -> Samples:
+        """These images and then those of another split."""
+        return type(self)([*self.items, *other.items], [*self.labels, *other.labels])
 
     def select(self, indices: Sequence[int]) -> Samples:
         return type(self)([self.items[i] for i in indices], [self.labels[i] for i in indices])
@@ -71,12 +76,16 @@ class Images:
         """The same data with a "train" and a "val" split: its own, or some held out of the rest.
 
         Args:
-            split: a share, held out evenly over the classes, or "last:N" for the last N images.
+            split: a share, held out evenly over the classes, "last:N" for the last N images, or "fold:2/5" for the
+                second of five parts, see `with_fold`.
             by_content: hold out those that a stream of the same data holds out, see `is_held_out`.
 
         Raises:
-            UserError: `split` is not in (0, 1) nor "last:N", or too few images to split.
+            UserError: `split` is none of these, or too few images to split.
         """
+        fold = parse_fold(split)
+        if fold is not None:
+            return self.with_fold(*fold)
         share, last = parse_val_split(split)
         if "train" in self.splits and "val" in self.splits:
             if last:
@@ -111,6 +120,49 @@ class Images:
         if "test" in splits:
             note += "; test is left for `timm-cbam2 evaluate RUN --split test`"
         return replace(self, splits=splits, notes=[*self.notes, note])
+
+    def with_fold(self, number: int, count: int) -> Images:
+        """The same data with one of `count` equal parts as "val", alike over the classes, and the others as "train".
+
+        A val split of the data's own is among what is divided; a test split is left alone.
+
+        Raises:
+            UserError: fewer images than folds.
+        """
+        from sklearn.model_selection import KFold, StratifiedKFold
+
+        parts = [self.splits[split] for split in ("all", "train", "val") if split in self.splits]
+        pool = parts[0] if len(parts) == 1 else parts[0].joined(parts[1])
+        if len(pool) < count:
+            raise UserError(f"--folds {count}: {self.name} has {len(pool)} images, fewer than folds")
+        kind = KFold if self.multi_label else StratifiedKFold
+        folds = kind(count, shuffle=True, random_state=SPLIT_SEED)
+        with warnings.catch_warnings():  # of classes with fewer images than folds, which a run tells of
+            warnings.filterwarnings("ignore", message="The least populated class")
+            try:
+                train, val = list(folds.split(pool.labels, None if self.multi_label else pool.labels))[number - 1]
+            except ValueError as error:
+                raise UserError(f"--folds {count}: every class of {self.name} has fewer images; give less") from error
+        splits = {"train": pool.select(train.tolist()), "val": pool.select(val.tolist())}
+        if "test" in self.splits:
+            splits["test"] = self.splits["test"]
+        note = f"fold {number} of {count}: {len(val)} of {len(pool)} images to validate on"
+        return replace(self, splits=splits, notes=[*self.notes, note])
+
+
+def parse_fold(split: float | str) -> tuple[int, int] | None:
+    """ "fold:2/5" as (2, 5), None for anything else.
+
+    Raises:
+        UserError: there is no such fold.
+    """
+    found = re.fullmatch(r"fold:(\d+)/(\d+)", str(split))
+    if found is None:
+        return None
+    number, count = int(found[1]), int(found[2])
+    if not 1 <= number <= count or count < 2:
+        raise UserError(f"--val-split {split}: there is no such fold; write one such as fold:1/5, up to fold:5/5")
+    return number, count
 
 
 def parse_val_split(split: float | str) -> tuple[float, int]:

@@ -38,6 +38,11 @@ class RowSamples(Samples):
         path = (self.items[index][self.column] or {}).get("path")
         return f"row {index} of column '{self.column}'" + (f" ({path})" if path else "")
 
+    def joined(self, other: Samples) -> Samples:
+        from datasets import concatenate_datasets
+
+        return RowSamples(concatenate_datasets([self.items, other.items]), [*self.labels, *other.labels], self.column)
+
     def select(self, indices: Sequence[int]) -> Samples:
         return RowSamples(self.items.select(indices), [self.labels[i] for i in indices], self.column)
 

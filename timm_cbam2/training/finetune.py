@@ -15,6 +15,7 @@ from ..data.sources import check_apart
 from ..errors import UserError, require
 from ..hub.zoo import resolve, whole_name
 from .automatic import recall
+from .folds import cross_validate
 from .launch import is_launched, launch, lost_peers, make_accelerator, tracker_names
 from .options import Options, takes_options
 from .recipe import Applied
@@ -32,7 +33,7 @@ def finetune(**options: Any) -> dict[str, Any]:
     --resume.
 
     Returns:
-        The last line of metrics.jsonl, with "output" and "best_accuracy".
+        The last line of metrics.jsonl, with "output" and "best_accuracy"; with `folds`, see `cross_validate`.
 
     Raises:
         UserError: something asked for is not possible; the message says what is.
@@ -63,6 +64,8 @@ def finetune(**options: Any) -> dict[str, Any]:
         if code:
             raise typer.Exit(code)
         return {}
+    if settings["folds"] is not None:
+        return cross_validate(settings, lambda of_fold: _train(of_fold, name))
     return _train(settings, name)
 
 

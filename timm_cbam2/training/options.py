@@ -119,8 +119,13 @@ class Options:
     img_size: Annotated[int | None, _option(DATA, "Side in pixels, in place of the model's own.")] = None
     val_img_size: Annotated[int | None, _option(DATA, "The same to validate with, if it differs.")] = None
     val_split: Annotated[
-        str, _option(DATA, "Share held out where the data have no val split, or last:N for the last N images.")
+        str,
+        _option(DATA, "Share held out where the data have no val split, last:N for the last N images, or fold:2/5."),
     ] = "0.2"
+    folds: Annotated[
+        int | None,
+        _option(DATA, "Cross-validation: so many runs, each validated on another part of the images.", min=2),
+    ] = None
     image_column: Annotated[str | None, _option(DATA, "Column with the images, for a data set in tables.")] = None
     label_column: Annotated[str | None, _option(DATA, "Column with the labels, for a data set in tables.")] = None
     labels: Annotated[

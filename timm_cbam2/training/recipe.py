@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UserError, one_line
 from ..hub.run_folder import read_settings
+from .folds import read_folds
 
 __all__ = ["Applied", "apply_recipe", "apply_resume", "list_recipes", "read_recipe"]
 
@@ -107,7 +108,7 @@ def apply_resume(context: typer.Context, where: str | None) -> str | None:
     """Callback of --resume: a run folder brings its own settings along."""
     if where is None or where == "auto" or context.resilient_parsing:
         return where
-    settings = read_settings(Path(where).expanduser())
+    settings = read_settings(Path(where).expanduser()) or read_folds(Path(where).expanduser())
     if settings is None:
         raise UserError(f"--resume {where} is no run folder (it has no run.json): give one, or auto")
     options = {name: settings[name] for name in _options_of(context) if name in settings}

@@ -12,7 +12,7 @@ from typing import Any, Mapping, Sequence
 from timm.optim import list_optimizers
 
 from ..data.balance import BALANCE
-from ..data.images import parse_val_split
+from ..data.images import parse_fold, parse_val_split
 from ..data.loading import AUGMENT
 from ..errors import UserError, one_line
 from ..models.options_cbam2 import complete_options
@@ -37,6 +37,7 @@ RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are
     "batch_size": ("at least 2", lambda value: value >= 2),
     "accumulate": ("at least 1", lambda value: value >= 1),
     "aug_repeats": ("at least 1", lambda value: value >= 1),
+    "folds": ("at least 2", lambda value: value >= 2),
     "patience": ("at least 1", lambda value: value >= 1),
     "keep": ("at least 1", lambda value: value >= 1),
     "label_smoothing": ("0 to 0.9, such as 0.1", lambda value: 0 <= value <= 0.9),
@@ -57,7 +58,9 @@ RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are
     "bce_target_threshold": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
 }
 # Of one call, not of the training: a resumed run may have others.
-OF_THE_CALL = ("output", "resume", "recipe", "num_processes", "workers", "save_every", "keep", "track", "push_to")
+OF_THE_CALL = (
+    "output", "resume", "recipe", "num_processes", "workers", "save_every", "keep", "track", "push_to", "folds",
+)  # fmt: skip
 
 
 def parse_pairs(option: str, given: Sequence[str] | Mapping[str, Any] | None) -> dict[str, Any]:
@@ -113,7 +116,8 @@ def check_options(settings: dict[str, Any]) -> None:
     if settings["labels"] is not None:
         settings["labels"] = str(_place(settings["labels"]))  # the same one when a run goes on elsewhere
     save_interval(settings["save_every"])
-    parse_val_split(settings["val_split"])
+    if parse_fold(settings["val_split"]) is None:
+        parse_val_split(settings["val_split"])
     _check_together(settings)
     resume, output = settings["resume"], settings["output"]
     if resume == "auto" and output is None:
@@ -189,6 +193,10 @@ def _check_together(settings: Mapping[str, Any]) -> None:
     for option in ("lr", "batch_size"):
         if settings[option] == AUTO and settings["streaming"]:
             raise UserError(f"{_flag(option)} auto tries images in advance: it does not go with --streaming")
+    if settings["folds"] is not None:
+        for option, usual in (("streaming", False), ("push_to", None), ("val_split", Options.val_split)):
+            if settings[option] != usual:
+                raise UserError(f"--folds divides the images and makes a run of each part: leave {_flag(option)} out")
     for option in ("labels", "multi_label"):
         if settings[option] and settings["streaming"]:
             raise UserError(f"{_flag(option)} needs every label in advance: it does not go with --streaming")
