@@ -37,3 +37,28 @@ def test_health_tells_collapse_and_saturation():
     json.dumps(found)
     assert measure(timm.create_model("resnet20"), images) is None
     assert np.isfinite(found["blocks"]["layer1.0.se"]["fusion_entropy"])
+
+
+def test_a_hard_mask_that_depends_on_the_image_is_not_dead():
+    """At an end of its gate everywhere, but not at the same one for every image: that is a decision."""
+    network = timm.create_model("resnet20_cbam2", cbam2=dict(center_spatial=True))
+    block = network.layer1[0].se
+    with torch.no_grad():
+        network.layer1[0].bn2.weight.fill_(1.0)
+        block.spatial.branches[0].dw.weight.fill_(1.0)
+        block.spatial.branches[0].pw.weight[0, 0] = 1e4  # of the average over channels
+        block.spatial.router.fc2.bias[0] = 50.0
+    found = measure(network, torch.randn(8, 3, 32, 32))
+    seen = found["blocks"]["layer1.0.se"]
+    assert seen["spatial_saturated"] > 0.9 > 0.5 > seen["spatial_dead"]
+    assert not any("layer1.0.se" in text and "saturated" in text for text in found["warnings"])
+
+
+def test_routing_by_position():
+    network = timm.create_model("resnet20_cbam2", cbam2=dict(router_pool="none", router_norm=True))
+    with torch.no_grad():
+        network.layer1[0].bn2.weight.fill_(1.0)
+    found = measure(network, torch.randn(4, 3, 32, 32))["blocks"]["layer1.0.se"]
+    assert len(found["branches"]) == 4 and sum(found["branches"]) == pytest.approx(1, abs=1e-4)
+    assert found["branches_within"] > 0.02 > found["branches_spread"]
+    json.dumps(found)

@@ -64,4 +64,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "t-maps-norm": _trial("spatial gate centred, average and maximum normalised", spatial="center", maps="norm"),
     "t-deep": _trial("spatial gate centred, two-layer spatial network", spatial="center", deep=8),
     "t-spatial-off": _trial("no spatial mask, squeezes normalised", spatial="off", channel="norm"),
+    "t-norm-deep": _trial("and squeezes normalised", spatial="center", channel="norm", deep=8),
+    "t-norm-standard": _trial("standardised, squeezes normalised", spatial="standard", channel="norm"),
 }
