@@ -11,6 +11,7 @@ from .hub.configs import configs
 from .hub.export import export
 from .hub.push import pull, push
 from .hub.zoo import models
+from .insertion.command import insert
 from .seeing.evaluate import evaluate
 from .seeing.explain import explain
 from .seeing.page.app import app
@@ -24,6 +25,7 @@ def main() -> NoReturn:
     """Entry point of the console script."""
     run_commands(
         finetune,
+        insert,
         evaluate,
         predict,
         explain,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import functools
 import gc
@@ -10,12 +11,12 @@ import os
 import re
 import sys
 import traceback
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable, Mapping, NoReturn, Sequence
 
 import typer
 from typer.core import TyperCommand
 
-__all__ = ["Stopped", "UserError", "command_line", "one_line", "require", "run_commands"]
+__all__ = ["Stopped", "UserError", "command_line", "one_line", "parse_pairs", "require", "run_commands"]
 
 PROGRAM = "timm-cbam2"
 STOPPED = 75  # exit code of a run that was told to stop and can be resumed; BSD's EX_TEMPFAIL
@@ -51,6 +52,26 @@ def require(*modules: str, extra: str = "train") -> None:
     missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
         raise UserError(f'this needs {", ".join(missing)}: run  pip install "timm_cbam2[{extra}]"  and try again')
+
+
+def parse_pairs(flag: str, given: Sequence[str] | Mapping[str, Any] | None, example: str) -> dict[str, Any]:
+    """["a=1", "b=x"] as {"a": 1, "b": "x"}: values are Python literals, or else text, as in timm's train.py.
+
+    Raises:
+        UserError: one has no "="; the message shows an `example` of what `flag` takes.
+    """
+    if isinstance(given, Mapping):
+        return dict(given)
+    pairs: dict[str, Any] = {}
+    for text in given or ():
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise UserError(f"{flag} {text}: write KEY=VALUE, such as {example}")
+        try:
+            pairs[key.strip()] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pairs[key.strip()] = value
+    return pairs
 
 
 def _guarded(function: Callable[..., Any]) -> Callable[..., None]:
@@ -94,7 +115,7 @@ def _say(error: UserError) -> None:
 
         get_error_handler().record_exception(error)
     else:
-        print(f"{PROGRAM}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"{PROGRAM}: {one_line(error, 2000)}", file=sys.stderr, flush=True)
 
 
 _arguments: list[str] | None = None

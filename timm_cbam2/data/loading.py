@@ -49,7 +49,7 @@ def data_config(
     """timm's preprocessing for `model`, from its own `pretrained_cfg`: input_size, mean, std, interpolation, crop.
 
     Args:
-        model: any timm model.
+        model: any timm model; of another one, which says nothing, timm's defaults for ImageNet are taken.
         img_size: side in pixels, in place of the model's own.
         option: which gave it.
         overrides: values that the data set asks for, such as `crop_pct`.
@@ -57,7 +57,7 @@ def data_config(
     Raises:
         UserError: a size that the model cannot take, or a model that takes neither 1 nor 3 channels.
     """
-    cfg = model.pretrained_cfg
+    cfg = getattr(model, "pretrained_cfg", None) or {}
     config = resolve_data_config({"crop_pct": overrides.pop("crop_pct", None)}, pretrained_cfg=cfg) | overrides
     channels = input_channels(model)
     size = config["input_size"][1:]

@@ -100,7 +100,7 @@ def _base_model(run: dict[str, Any] | None) -> str | None:
     """Hub id of the weights that training started from."""
     if not run or not run.get("pretrained"):
         return None
-    name = str(run.get("model", ""))
+    name = str(run.get("start_from") or run.get("model", ""))
     if name.startswith("hf-hub:"):
         return name.removeprefix("hf-hub:").partition("@")[0]
     cfg = timm.get_pretrained_cfg(name) if timm.is_model(name.partition(".")[0]) else None

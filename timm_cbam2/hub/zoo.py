@@ -24,6 +24,7 @@ from ..errors import UserError, one_line
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
 from ..models.saved_cbam2 import overlay_of_folder
 from ..models.weights_cbam2 import WARM_START
+from .inserted import INSERTED
 from .run_folder import read_settings
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "suggest",
     "table",
     "whole_name",
+    "without_memory",
 ]
 
 
@@ -85,6 +87,12 @@ class _NoInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def without_memory(name: str, **arguments: Any) -> nn.Module:
+    """A registered model whose tensors have shapes and nothing in them, which takes little time."""
+    with torch.device("meta"), _NoInit():
+        return timm.create_model(name, **arguments)
+
+
 @dataclass(frozen=True)
 class ModelRow:
     """One line of the table; `parameters` counts them with the default number of classes."""
@@ -114,8 +122,7 @@ def table(pattern: str | None = None) -> Iterator[ModelRow]:
 
 def row(name: str) -> ModelRow:
     """What is known of one registered model, which is built without memory to count its parameters."""
-    with torch.device("meta"), _NoInit():
-        parameters = sum(p.numel() for p in timm.create_model(name).parameters())
+    parameters = sum(p.numel() for p in without_memory(name).parameters())
     tags = tuple(pretrained_tags(name))
     return ModelRow(name, parameters, tags, meaning(tags))
 
@@ -145,6 +152,11 @@ def resolve(name: str) -> str:
         for folder in (path, path / "best", path / "last"):
             if (folder / "config.json").is_file():
                 return f"local-dir:{folder}"
+        if (path / INSERTED).is_file():
+            raise UserError(
+                f"{name} is of a network outside timm, which no command builds: in Python, "
+                "timm_cbam2.load_inserted(network, folder), then timm_cbam2.explain(network, images)"
+            )
         raise UserError(f"{name} holds neither a run (best/, last/) nor a model (config.json with model.safetensors)")
     if name.startswith("local-dir:") or ":" not in name and ("/" in name or os.path.exists(path)):
         raise UserError(f"{name}: no such run or model folder; a model on the Hub is written hf-hub:owner/name")
@@ -219,7 +231,7 @@ def _tells_several(resolved: str) -> bool:
 
 def check_classifier(model: nn.Module, name: str) -> None:
     """Raise UserError if the model gives features in place of classes."""
-    if not model.num_classes:
+    if getattr(model, "num_classes", None) == 0:
         raise UserError(
             f"{name} has no classifier, so it cannot tell what an image is: fine-tune it on labelled images"
         )
@@ -230,7 +242,10 @@ def class_names(model: nn.Module, describe: bool = False) -> list[str] | None:
 
     ImageNet models that carry none get WordNet ids, or with `describe` their English names.
     """
-    cfg = model.pretrained_cfg
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not cfg:  # transformers' own
+        names = getattr(getattr(model, "config", None), "id2label", None) or {}
+        return [str(names[index]) for index in sorted(names, key=int)] or None
     labels = cfg.get("label_names")
     if isinstance(labels, dict):
         labels = [labels[key] for key in sorted(labels, key=int)]

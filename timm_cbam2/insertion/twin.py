@@ -29,10 +29,13 @@ _HELPERS = {"resnet": (timm_resnet, "_create_resnet"), "convnext": (timm_convnex
 def twin_of(architecture: str) -> str | None:
     """The registered `…_cbam2` name of timm's `architecture`, also where that has an attention layer of its own.
 
-    "seresnet50" is a resnet50 but for its attention, so its twin is "resnet50_cbam2"; None where there is none.
+    "seresnet50" is a resnet50 but for its attention, so its twin is "resnet50_cbam2"; None where there is none. A
+    `…_cbam2` name is its own.
     """
     if not timm.is_model(architecture):
         return None
+    if architecture.endswith("_cbam2"):
+        return architecture
     if timm.is_model(f"{architecture}_cbam2"):
         return f"{architecture}_cbam2"
     family = timm.model_entrypoint(architecture).__module__.rpartition(".")[2]

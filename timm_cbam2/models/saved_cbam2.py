@@ -23,10 +23,12 @@ _OF_THE_CALL = {"cache_dir", "device", "dtype", "pretrained_cfg", "pretrained_cf
 
 
 def input_channels(model: nn.Module) -> int:
-    """The number of channels that a timm model takes."""
+    """The number of channels that a model of images takes."""
     if getattr(model, "in_chans", None):
         return model.in_chans
-    cfg = model.pretrained_cfg
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not cfg:  # none of timm's
+        return next((module.in_channels for module in model.modules() if isinstance(module, nn.Conv2d)), 3)
     first = cfg.get("first_conv")
     if not first:
         return cfg["input_size"][0]

@@ -137,6 +137,9 @@ def clipped(text: str, length: int, end: bool = False) -> str:
 
 
 def _answers(axis: Any, explanation: Explanation) -> None:
+    if not explanation.answers:  # detection, segmentation
+        axis.axis("off")
+        return
     values = [100 * probability for _, probability in explanation.answers]
     axis.barh(range(len(values)), values, color=CHART, height=0.8)
     for position, (name, _) in enumerate(explanation.answers):

@@ -50,12 +50,20 @@ def _view(name: str, block: Cbam2, attention: CbamAttention) -> BlockView:
         fusion = attention.fusion_weights[0].float().cpu().numpy()
     elif block.channel.fusion_logits is not None:
         fusion = block.channel.fusion_logits.detach().float().softmax(0).cpu().numpy()
-    stage, _, rest = name.partition(".")
-    if stage == "stages":
-        stage = f"stage {rest.partition('.')[0]}"
     temperatures = tuple(part.temperature(torch.float32).item() for part in (block.channel, block.spatial))
     neutral = 1.0 if block.channel.gate == "unit_sigmoid" else 0.5
-    return BlockView(name, stage, attention, tuple(branch_names(block)), fusion, temperatures, neutral)
+    return BlockView(name, _stage(name, block), attention, tuple(branch_names(block)), fusion, temperatures, neutral)
+
+
+def _stage(name: str, block: Cbam2) -> str:
+    """What a block's neighbours have in common with it: one of them stands for all in a picture."""
+    first, _, rest = name.partition(".")
+    if first == "stages":
+        return f"stage {rest.partition('.')[0]}"
+    slot = getattr(block, "inserted", {}).get("slot", "se")
+    module = name.removesuffix(slot).rstrip(".")  # of any library
+    parent, _, last = module.rpartition(".")
+    return parent if last.isdigit() and parent else module
 
 
 class Explainer:
@@ -64,8 +72,8 @@ class Explainer:
     Args:
         name: registered name, run or model folder, or hf-hub: id.
         img_size: side in pixels, in place of the model's own.
-        model: the model itself, where it is loaded already; `name` is then only what to call it. It may lack CBAM2
-            blocks, and so do its explanations then.
+        model: the model itself, of any library, where it is loaded already; `name` is then only what to call it. It
+            may lack CBAM2 blocks, and so do its explanations then.
 
     Raises:
         UserError: no such model, or one without a CBAM2 block.
@@ -95,17 +103,24 @@ class Explainer:
         except UNREADABLE as error:
             raise UserError(f"cannot read {source} as an image ({one_line(error, 150)})") from error
         x = self.transform(image)[None]
+        place = next(self.model.parameters())
         with record_attention(self.model) if self.blocks else nullcontext({}) as records:
-            logits = self.model(x)
+            said = self.model(x.to(place))
+        answers = self._answers(getattr(said, "logits", said))
+        views = [_view(name, self.blocks[name], attention) for name, attention in records.items()]
+        return Explanation(self.name, self._pixels(x[0]), answers, views, self._picture(image))
+
+    def _answers(self, logits: Any) -> list[tuple[str, float]]:
+        """The five best classes and their probabilities; none where the model does not classify whole images."""
+        if not torch.is_tensor(logits) or logits.ndim != 2:
+            return []
         if not logits.isfinite().all():
             raise UserError(f"{self.name} gives no finite numbers: its training diverged; use an earlier checkpoint")
         several = getattr(self.model, "multi_label", False)
         probabilities = logits.float().sigmoid() if several else logits.float().softmax(1)
         best = probabilities[0].topk(min(5, logits.shape[1]))
         names = self.names or [f"class {i}" for i in range(logits.shape[1])]
-        answers = [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
-        views = [_view(name, self.blocks[name], attention) for name, attention in records.items()]
-        return Explanation(self.name, self._pixels(x[0]), answers, views, self._picture(image))
+        return [(names[i], p) for p, i in zip(best.values.tolist(), best.indices.tolist())]
 
     def _picture(self, image: Any) -> np.ndarray | None:
         """What the model sees of `image`, with as many pixels as that has, up to `FINE`; None if those are no more."""
@@ -119,6 +134,16 @@ class Explainer:
     def _pixels(self, x: Tensor) -> np.ndarray:
         mean, std = (torch.tensor(self.config[key])[:, None, None] for key in ("mean", "std"))
         return (x * std + mean).clamp(0, 1).expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def _explainer(given: Any, img_size: int | None) -> Explainer:
+    """Of a model by name, or, in Python, of the model itself."""
+    if not isinstance(given, nn.Module):
+        return Explainer(given, img_size)
+    explainer = Explainer(type(given).__name__, img_size, model=given)
+    if not explainer.blocks:
+        raise UserError(f"{explainer.name} has no CBAM2 block to look at: put some in with timm_cbam2.insert(model)")
+    return explainer
 
 
 def _find(images: Sequence[str], output: Path) -> list[Path]:
@@ -181,7 +206,9 @@ def write_arrays(explanations: Sequence[Explanation], path: Path) -> None:
 
 
 def _figure(image: Path, picture: Path, explanations: Sequence[Explanation]) -> str:
-    answers = [f"{name} {100 * probability:.1f} %" for name, probability in (e.answers[0] for e in explanations)]
+    answers = [
+        f"{name} {100 * probability:.1f} %" for name, probability in (e.answers[0] for e in explanations if e.answers)
+    ]
     return FIGURE.format(
         name=escape(image.name),
         answers=escape(" / ".join(answers)),
@@ -200,6 +227,8 @@ def explain(
 ) -> list[Path]:
     """Draw what a model attends to: one PNG and one .npz of the raw arrays per image, and an index page for several.
 
+    In Python, `model` and `compare` may also be models themselves, of any library, that hold CBAM2 blocks.
+
     Returns:
         The pictures.
 
@@ -211,7 +240,7 @@ def explain(
     from tqdm import tqdm
 
     paths = _find(images, output)
-    explainers = [Explainer(name, img_size) for name in (model, compare) if name is not None]
+    explainers = [_explainer(given, img_size) for given in (model, compare) if given is not None]
     drawn: list[Path] = []
     figures: list[str] = []
     unread: list[str] = []
@@ -229,7 +258,7 @@ def explain(
             drawn.append(picture)
             figures.append(_figure(path, picture, explanations))
             if len(paths) == 1:
-                for explanation in explanations:
+                for explanation in (e for e in explanations if e.answers):
                     answer, probability = explanation.answers[0]
                     whose = f" says {explanation.model}" if compare is not None else ""
                     print(f"{path}: {answer} {100 * probability:.1f} %{whose}")

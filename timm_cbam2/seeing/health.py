@@ -36,11 +36,14 @@ def measure(network: nn.Module, images: Tensor) -> dict[str, Any] | None:
     modules = {name.replace("_orig_mod.", ""): m for name, m in network.named_modules() if is_cbam2(m)}
     if not modules:
         return None
-    training = network.training
+    modes = {module: module.training for module in network.modules()}
     network.eval()
-    with record_attention(network) as records:
-        network(images)
-    network.train(training)
+    try:
+        with record_attention(network) as records:
+            network(images)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
     blocks = {name: _block(modules[name], seen) for name, seen in records.items()}
     return {"blocks": blocks, "warnings": [text for name, block in blocks.items() for text in _warnings(name, block)]}
 

@@ -17,7 +17,7 @@ from ..hub.zoo import resolve, whole_name
 from .automatic import recall
 from .folds import cross_validate
 from .launch import is_launched, launch, lost_peers, make_accelerator, tracker_names
-from .options import Options, takes_options
+from .options import DEFAULT_MODEL, Options, takes_options
 from .recipe import Applied
 from .settings import check_options
 
@@ -48,6 +48,11 @@ def finetune(**options: Any) -> dict[str, Any]:
     check_options(settings)
     require("matplotlib")
     _check_trackers(tracker_names(settings["track"]))
+    if settings["start_from"] is not None:
+        from .start_from import settle_model
+
+        settle_model(settings)
+    settings["model"] = settings["model"] or DEFAULT_MODEL
     name, push_to = settings["model"], settings["push_to"]
     resolve(name)
     settings["model"] = whole_name(name)

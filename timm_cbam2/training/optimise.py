@@ -18,6 +18,10 @@ from .multi_label import MultiLabelLoss
 __all__ = ["attention_parameters", "freeze", "keep_frozen", "make_loss", "make_optimizer", "make_schedule"]
 
 
+# In torchvision, transformers and segmentation_models_pytorch.
+HEADS = ("fc", "classifier", "head", "heads", "roi_heads", "decode_head", "segmentation_head")
+
+
 def attention_parameters(network: nn.Module) -> set[str]:
     """Names of the parameters inside attention blocks: CBAM2's, and those in timm's attention slot (`…se.`)."""
     found = set()
@@ -28,8 +32,11 @@ def attention_parameters(network: nn.Module) -> set[str]:
 
 
 def head_parameters(network: nn.Module) -> set[str]:
-    """Names of the parameters of the classifier."""
-    head = network.get_classifier()
+    """Names of the parameters of the classifier, or of what stands for one in other libraries' networks."""
+    if hasattr(network, "get_classifier"):
+        head = network.get_classifier()
+    else:
+        head = [getattr(network, name) for name in HEADS if isinstance(getattr(network, name, None), nn.Module)]
     modules = {id(module) for module in ([head] if isinstance(head, nn.Module) else head)}
     return {
         f"{name}.{parameter}"
@@ -43,7 +50,7 @@ def freeze(network: nn.Module, train: str) -> int:
     """Leave only a part of `network` trainable.
 
     Args:
-        network: a timm model.
+        network: any model; its head is what timm calls so, or a part called fc, classifier, head or the like.
         train: "all", "attention", "head" or "attention+head".
 
     Returns:

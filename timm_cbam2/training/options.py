@@ -12,8 +12,9 @@ import typer
 from .automatic import number_or_auto
 from .recipe import apply_recipe, apply_resume
 
-__all__ = ["Options", "option_names", "takes_options"]
+__all__ = ["DEFAULT_MODEL", "Options", "option_names", "takes_options"]
 
+DEFAULT_MODEL = "resnet20_cbam2"
 DATA, MODEL, OPTIM, AUG, SAVE, MACHINE = "Data", "Model", "Optimisation", "Augmentation", "Run folder", "Machines"
 
 
@@ -32,7 +33,16 @@ class Options:
     data: Annotated[str, _option(DATA, "Image folder, parquet/arrow, Hub set owner/name, digits or clutter.")] = (
         "digits"
     )
-    model: Annotated[str, _option(MODEL, "Registered name, run or model folder, or hf-hub: id.")] = "resnet20_cbam2"
+    model: Annotated[
+        str | None,
+        _option(
+            MODEL, f"Registered name, run or model folder, or hf-hub: id; {DEFAULT_MODEL} if nothing says another."
+        ),
+    ] = None
+    start_from: Annotated[
+        str | None,
+        _option(MODEL, "Weights of any origin, plain or with CBAM2: folder, file or hf-hub: id."),
+    ] = None
     pretrained: Annotated[
         bool | None,
         _option(MODEL, "Start from weights; the default wherever they lie here, and for hf-hub: ids and tags."),

@@ -63,10 +63,15 @@ def build(settings: dict[str, Any], images: Images) -> tuple[nn.Module, bool, li
         if settings[option] is not None:
             arguments[key] = settings[option]
     classes = len(images.classes)
-    network = load(model, pretrained=pretrained, num_classes=classes, **arguments)
+    start_from = settings["start_from"]
+    network = load(model, pretrained=pretrained and start_from is None, num_classes=classes, **arguments)
     network.multi_label = images.multi_label  # goes into the configurations that are saved
     notes = []
-    if pretrained:
+    if start_from is not None:
+        from .start_from import load_start
+
+        notes, pretrained = load_start(network, settings, images), True
+    elif pretrained:
         known = class_names(network)
         if known != images.classes and network.pretrained_cfg["num_classes"] == classes:
             network.reset_classifier(classes)

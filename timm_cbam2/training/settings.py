@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 import math
 import re
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 from timm.optim import list_optimizers
 
 from ..data.balance import BALANCE
 from ..data.images import parse_fold, parse_val_split
 from ..data.loading import AUGMENT
-from ..errors import UserError, one_line
+from ..errors import UserError, one_line, parse_pairs
 from ..models.options_cbam2 import complete_options
 from .automatic import AUTO
 from .options import Options
 
-__all__ = ["check_options", "parse_pairs", "resolved_text", "save_interval"]
+__all__ = ["check_options", "resolved_text", "save_interval"]
 
 SCHEDULES = ("cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none")
 TRAIN = ("all", "attention", "attention+head", "head")
@@ -61,26 +60,6 @@ RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are
 OF_THE_CALL = (
     "output", "resume", "recipe", "num_processes", "workers", "save_every", "keep", "track", "push_to", "folds",
 )  # fmt: skip
-
-
-def parse_pairs(option: str, given: Sequence[str] | Mapping[str, Any] | None) -> dict[str, Any]:
-    """["a=1", "b=x"] as {"a": 1, "b": "x"}: values are Python literals, or else text, as in timm's train.py.
-
-    Raises:
-        UserError: one has no "=".
-    """
-    if isinstance(given, Mapping):
-        return dict(given)
-    pairs: dict[str, Any] = {}
-    for text in given or ():
-        key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise UserError(f"{_flag(option)} {text}: write KEY=VALUE, such as {EXAMPLES[option]}")
-        try:
-            pairs[key.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            pairs[key.strip()] = value
-    return pairs
 
 
 def save_interval(text: str) -> tuple[int, str]:
@@ -143,7 +122,7 @@ def _check_choices(settings: Mapping[str, Any]) -> None:
 def _check_pairs(settings: dict[str, Any]) -> None:
     """Parse the options written KEY=VALUE, in place."""
     for option in PAIRS:
-        settings[option] = parse_pairs(option, settings[option])
+        settings[option] = parse_pairs(_flag(option), settings[option], EXAMPLES[option])
     for key in settings["model_kwargs"]:
         if key in NOT_OF_THE_MODEL:
             raise UserError(f"--model-kwargs {key}=… is decided by the data, --model and --pretrained: leave it out")
