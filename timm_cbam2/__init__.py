@@ -5,7 +5,7 @@ import os
 import sys
 import warnings
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Importing torch and transformers makes hundreds of thousands of objects and no garbage to speak of: looking for it,
 # again and again, would take a fifth of the time.
@@ -29,6 +29,14 @@ try:
 finally:
     if _collects:
         gc.enable()
+
+if TYPE_CHECKING:  # the same names as in _LAZY
+    from .hub.folder import save
+    from .hub.zoo import suggest
+    from .insertion.insert import insert
+    from .insertion.remove import remove
+    from .insertion.saved import load_inserted
+    from .kernels.cpu import disable_cpu_kernel, enable_cpu_kernel
 
 __version__ = "0.1.0"
 

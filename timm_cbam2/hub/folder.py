@@ -9,7 +9,7 @@ import uuid
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import timm
 import torch
@@ -165,7 +165,7 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     arguments = config.get("model_args") or {}
     try:
         if name in CIFAR_DEPTHS:  # the plain controls
-            create = partial(timm.create_model, name)
+            create: Callable[..., nn.Module] = partial(timm.create_model, name)
         else:
             settings = Cbam2Config.from_dict({k: v for k, v in config.items() if k != "auto_map"})
             create, arguments = entrypoint(name), settings.model_args

@@ -154,7 +154,7 @@ def seats(model: nn.Module) -> list[Seat]:
         if held is None and CHILD in host._modules:
             called = type(host).forward is nn.Sequential.forward or attend_output in host._forward_hooks.values()
             kind, held = Kind(OUTPUT, CHILD, ""), host._modules[CHILD] if called else None
-        if held is not None and is_cbam2(held) and id(held) not in found:
+        if kind is not None and held is not None and is_cbam2(held) and id(held) not in found:
             found[id(held)] = Seat(name, host, kind, f"{name}.{kind.slot}".lstrip("."), held)
     return list(found.values())
 

@@ -30,7 +30,7 @@ def answer(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor | None]:
         raise ValueError(f"{type(model).__name__} gave no tensor of numbers for a batch of data")
     if torch.is_tensor(given) and given.ndim == 2 and given.shape[1] > 1:
         fits = labels is not None and labels.ndim == 1 and not labels.is_floating_point()
-        return given.float().cpu(), labels.cpu() if fits else None
+        return given.float().cpu(), labels.cpu() if labels is not None and fits else None
     return torch.cat([leaf.flatten() for leaf in leaves])[None].float().cpu(), None
 
 

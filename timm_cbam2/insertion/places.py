@@ -84,7 +84,7 @@ def _named(modules: dict[str, nn.Module], where: Where) -> list[str]:
         if not chosen:
             raise ValueError("where: the function is true for no module; it is called with each name and module")
         return chosen
-    patterns = [where] if isinstance(where, str) else list(where)
+    patterns = [where] if isinstance(where, str) else list(where or ())
     if not patterns or not all(isinstance(pattern, str) for pattern in patterns):
         raise ValueError(f"where={where!r} is not allowed; give names of modules, or a function of name and module")
     found: set[str] = set()

@@ -51,7 +51,7 @@ def remove(
         raise ValueError(f"{type(model).__name__} has no CBAM2 block to take out")
     if fold and data is None:
         raise ValueError("fold=True needs data: batches of images, over which the masks are averaged")
-    folding = _fold(model, found, data) if fold else None
+    folding = _fold(model, found, data) if fold and data is not None else None
     for seat in found:
         detach(seat.host, seat.kind)
     become_plain(model)

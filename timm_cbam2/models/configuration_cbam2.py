@@ -137,13 +137,16 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         """Settle `id2label` from what each library calls the number and the names of the classes."""
         given = kwargs.pop("num_labels", None)
         in_file = kwargs.pop("num_classes", None)
-        names = kwargs.pop("label_names", None) or self.pretrained_cfg.get("label_names")  # timm may leave them there
+        names = kwargs.pop("label_names", None) or (self.pretrained_cfg or {}).get(
+            "label_names"
+        )  # timm may leave them there
         if isinstance(names, dict):
             names = [names[key] for key in sorted(names, key=int)]
         if in_file is not None:
             _checked_count(in_file)
-        if self.id2label is not None and given in (None, len(self.id2label)):
-            _checked_count(len(self.id2label))
+        named = getattr(self, "id2label", None)
+        if named is not None and given in (None, len(named)):
+            _checked_count(len(named))
             return kwargs
         count = _checked_count(next(n for n in (given, in_file, default_classes) if n is not None))
         self.label2id = None

@@ -149,7 +149,7 @@ class Cbam2Backbone(BackboneMixin, Cbam2PreTrainedModel):
         with_attentions, with_hidden_states = self._wanted(output_attentions, output_hidden_states)
         if with_hidden_states or with_attentions:
             _, maps, attentions = self._features(pixel_values, with_attentions, True)
-            chosen = tuple(maps[index] for index in self.out_indices)
+            chosen = tuple((maps or ())[index] for index in self.out_indices)
             return BackboneOutput(chosen, maps if with_hidden_states else None, attentions)
         indices = [index % len(self.stage_names) for index in self.out_indices]
         chosen = self.timm_model.forward_intermediates(

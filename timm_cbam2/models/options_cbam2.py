@@ -17,13 +17,13 @@ GATES = ("sigmoid", "hard_sigmoid", "unit_sigmoid")
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= value <= MAX_COUNT
+    return isinstance(value, Integral) and not isinstance(value, bool) and 1 <= int(value) <= MAX_COUNT
 
 
 def _is_number(value: Any) -> bool:
-    return (
-        isinstance(value, Real) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
-    )
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return -sys.float_info.max <= value <= sys.float_info.max  # type: ignore[operator]  # mypy's Real has no order
 
 
 def _are_counts(value: Any) -> bool:

@@ -157,7 +157,8 @@ class KernelPasses:
         return self.kernel.squeeze(self.x)
 
     def maps(self, ca: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        return [m.unflatten(1, self.x.shape[2:]) for m in self.kernel.maps(self.x, ca)]
+        average, largest = self.kernel.maps(self.x, ca)
+        return average.unflatten(1, self.x.shape[2:]), largest.unflatten(1, self.x.shape[2:])
 
     def convolve(self, maps: torch.Tensor, kernels: torch.Tensor) -> torch.Tensor:
         """Each sample's maps (B, 2, H, W) with its own kernel (B, 2, f, f), summed over the maps: (B, H, W)."""

@@ -34,10 +34,9 @@ class Cbam2PreTrainedModel(PreTrainedModel):
 
     def _build(self, num_classes: int) -> None:
         config = self.config
-        self.timm_model = entrypoint(config.architecture)(
-            pretrained=False, num_classes=num_classes, **config.model_args
-        )
-        self.timm_model._model_args = dict(config.model_args)  # as timm's factory does, for its own save
+        arguments = dict(config.model_args or {})
+        self.timm_model = entrypoint(config.architecture)(pretrained=False, num_classes=num_classes, **arguments)
+        self.timm_model._model_args = arguments  # as timm's factory does, for its own save
         cfg = self.timm_model.pretrained_cfg
         cfg.update(config.pretrained_cfg, architecture=config.architecture, num_classes=num_classes)
         classifier = cfg.get("classifier")

@@ -36,7 +36,7 @@ CIFAR_STAGES = 3
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 
 
-class _AttentionSlot(TakesPlainWeights):
+class _AttentionSlot(TakesPlainWeights, ResNet):
     """Fills timm's attention slot in every residual block of the ResNet it is mixed into."""
 
     def __init__(
@@ -58,7 +58,7 @@ class _AttentionSlot(TakesPlainWeights):
         Raises:
             ValueError: For an option that is unknown or not allowed, or when `block_args` names another attention.
         """
-        if "attn_layer" in (block_args or {}):
+        if block_args and "attn_layer" in block_args:
             raise ValueError(
                 f"block_args attn_layer={block_args['attn_layer']!r} is not allowed: the slot holds CBAM2. "
                 "Use the architecture without _cbam2 for another attention layer."

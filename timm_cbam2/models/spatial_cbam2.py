@@ -1,6 +1,6 @@
 """Spatial attention: what each position is multiplied by."""
 
-from typing import Callable, Final, Optional, Sequence, Tuple
+from typing import Callable, Final, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -93,7 +93,7 @@ class SpatialAttn(nn.Module):
             self.router: nn.Module = PositionRouter(maps, len(shapes), router_norm, **dd)
         else:
             self.router = Router(maps, router_channels, len(shapes), norm=router_norm, **dd)
-        self.learned = LearnedMaps(in_channels, learned_maps, **dd) if learned_maps else None
+        self.learned = LearnedMaps(cast(int, in_channels), learned_maps, **dd) if learned_maps else None
         self.temperature = Temperature(temperature, learnable_temperature, **dd)
         self.reset_parameters()
 

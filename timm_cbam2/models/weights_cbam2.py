@@ -28,7 +28,7 @@ WARM_START = "from_"  # prefix of the tags whose weights are timm's own
 Weights = Dict[str, torch.Tensor]
 
 
-class TakesPlainWeights:
+class TakesPlainWeights(nn.Module):
     """A mixin: a network whose attention is at the identity also loads, strictly, what its twin without it has."""
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -71,7 +71,7 @@ def needs_attention(cfg: Any, tag: Optional[str]) -> bool:
     """Whether the weights were trained with attention: those of a model folder, or of a tag that is no warm start."""
     if isinstance(cfg, Mapping) and cfg.get("source") in ("hf-hub", "local-dir"):
         return True
-    return bool(tag) and not tag.startswith(WARM_START)
+    return bool(tag and not tag.startswith(WARM_START))
 
 
 def check_weights(weights: Weights, model: nn.Module, remap: Optional[Callable], trained: bool) -> Weights:
