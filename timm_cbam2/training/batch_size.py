@@ -62,13 +62,13 @@ def largest(trial: Callable[[int], None], start: int) -> int:
         size = size // 2 if size > 2 else 0
         return size
 
-    @find_executable_batch_size(starting_batch_size=start, reduce_batch_size_fn=halve)
     def attempt(batch_size: int) -> int:
         trial(batch_size)
         return batch_size
 
     try:
-        return attempt()
+        # Not as a decorator, which in accelerate 1.10 forgets how to reduce.
+        return find_executable_batch_size(attempt, start, halve)()
     except RuntimeError as error:
         if "No executable batch size" not in str(error):
             raise
