@@ -11,7 +11,7 @@ from randomise import randomise
 from reference import reference
 
 from timm_cbam2 import Cbam2, disable_cpu_kernel, enable_cpu_kernel, resolve_options
-from timm_cbam2.models import passes_cbam2
+from timm_cbam2.kernels.cpu_passes import KernelPasses
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -29,11 +29,9 @@ def kernel(built, monkeypatch):
     """The kernel serves the test, and every one of its passes is counted."""
     enable_cpu_kernel()
     calls = []
-    for name in ("start_backward", "apply"):
-        original = getattr(passes_cbam2.KernelPasses, name)
-        monkeypatch.setattr(
-            passes_cbam2.KernelPasses, name, lambda *args, f=original, n=name: calls.append(n) or f(*args)
-        )
+    for name in ("start_backward", "whole"):
+        original = getattr(KernelPasses, name)
+        monkeypatch.setattr(KernelPasses, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
     yield calls
     disable_cpu_kernel()
 
@@ -84,7 +82,7 @@ def test_every_shape_and_number_of_threads(shape, memory_format, kernel, threads
     for count in (1, 2, 3):
         threads(count)
         assert same_as_plain(block, x)
-    assert set(kernel) == {"start_backward", "apply"}
+    assert set(kernel) == {"start_backward", "whole"}
     assert block(x).stride() == torch.empty_like(x).stride()
 
 
@@ -124,18 +122,24 @@ def test_dtypes(dtype, memory_format, kernel):
         assert torch.allclose(one.double(), other, rtol=size, atol=size * max(1, other.abs().max().item()))
     large = block(1e4 * torch.ones_like(x))
     assert large.dtype == dtype and large.isfinite().all()
-    rounded = torch.tensor([1.0, float("nan"), 3.4e38, -1.00390625, 1.01171875]).to(dtype)  # ties go to even
-    ones = torch.ones(1, 1), torch.ones(1, 5)
-    assert torch.equal(
-        torch.ops.timm_cbam2_cpu.apply(rounded.view(1, 1, 1, 5), *ones).flatten().nan_to_num(7), rounded.nan_to_num(7)
-    )
 
 
-def test_rounding_to_bfloat16_is_torchs(kernel):
-    x = images((1, 1, 64, 64), torch.float32).to(torch.bfloat16)
-    ca, sa = torch.full((1, 1), 0.5), torch.rand(1, 64 * 64)  # halving is exact: the order cannot matter
-    expected = (x.float() * ca * sa.view_as(x)).to(torch.bfloat16)
-    assert torch.equal(torch.ops.timm_cbam2_cpu.apply(x, ca, sa), expected)
+def test_rounding_is_torchs(kernel):
+    """Of sums in half precision, to the nearest even; numbers that are none stay so."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, shortcut = images((1, 3, 64, 64), dtype), images((1, 3, 64, 64), torch.float32).mul(0.37).to(dtype)
+        x[0, 0, 0, :4] = torch.tensor([-0.0, 3.0e4, -1.00390625, 1.01171875]).to(dtype)
+        got = finished(x.contiguous(), shortcut)
+        assert torch.equal(got, (x.float() + shortcut.float()).to(dtype))
+        x[0, 0, 0, 0] = float("nan")
+        assert finished(x, shortcut)[0].isnan().all()
+
+
+def finished(x, shortcut):
+    """x·1·1 + shortcut by the kernel."""
+    identity = Cbam2(x.shape[1], gate="unit_sigmoid")
+    with torch.no_grad():
+        return identity(x, shortcut=shortcut)
 
 
 def test_not_a_number_is_not_hidden(kernel):
@@ -180,7 +184,9 @@ def test_what_the_kernel_cannot_serve_goes_without(kernel):
 
 
 def test_by_the_environment_and_without_a_compiler(built, script, environment, tmp_path):
-    program = "import timm_cbam2; from timm_cbam2.models import passes_cbam2; print(passes_cbam2._kernel is not None)"
+    program = (
+        "import timm_cbam2; from timm_cbam2.models.passes_cbam2 import registered; print(registered('cpu') is not None)"
+    )
     on = {**environment, "TIMM_CBAM2_CPU_KERNEL": "1"}
     result = script(program, env=on)
     assert (result.out, result.err) == ("True\n", "")

@@ -6,6 +6,7 @@ once; the kernel does, for float32, float64, bfloat16 and float16 and both memor
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -15,8 +16,12 @@ from pathlib import Path
 from typing import Iterator
 
 import torch
+from torch import nn
 
-from ..models import passes_cbam2
+from ..models.cbam2 import Cbam2
+from ..models.passes_cbam2 import Affine, End, registered, use_passes
+from ..models.residual_cbam2 import eval_affine
+from .cpu_passes import KernelPasses, is_dense
 
 __all__ = ["cpu_kernel", "disable_cpu_kernel", "enable_cpu_kernel"]
 
@@ -35,9 +40,9 @@ def enable_cpu_kernel() -> None:
     Raises:
         RuntimeError: it cannot be built here; the message says why.
     """
-    if not hasattr(torch.ops.timm_cbam2_cpu, "squeeze"):
+    if not hasattr(torch.ops.timm_cbam2_cpu, "forward"):
         capability = torch.backends.cpu.get_cpu_capability()
-        flags = ["-O3", "-fopenmp", *FLAGS.get(capability, [])]
+        flags = ["-O3", "-fopenmp", "-ffp-contract=off", *FLAGS.get(capability, [])]
         texts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())]
         made_of = [*texts, *flags, torch.__version__, capability]
         key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
@@ -45,18 +50,37 @@ def enable_cpu_kernel() -> None:
         library = root / f"timm_cbam2_cpu-{key}.so"
         if not _loads(library):
             _build(library, flags)
-    passes_cbam2.use_kernel(torch.ops.timm_cbam2_cpu)
+    use_passes("cpu", _passes)
+
+
+def _passes(x: torch.Tensor, affine: Affine | None, owned: bool) -> KernelPasses | None:
+    if not is_dense(x) or (affine is not None and not _rounds_as_torch(x.dtype)):
+        return None
+    return KernelPasses(x, affine, torch.ops.timm_cbam2_cpu, owned)
+
+
+@functools.lru_cache(8)
+@torch.no_grad()
+def _rounds_as_torch(dtype: torch.dtype) -> bool:
+    """Whether the kernel's BatchNorm is that of torch bit for bit, as a network at the identity must stay."""
+    generator = torch.Generator().manual_seed(0)
+    norm = nn.BatchNorm2d(35, dtype=torch.promote_types(dtype, torch.float32)).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        tensor.copy_(torch.randn(35, generator=generator))
+    z, identity = torch.randn(2, 35, 6, 7, generator=generator).to(dtype), Cbam2(35, gate="unit_sigmoid").eval()
+    passes = KernelPasses(z, eval_affine(norm), torch.ops.timm_cbam2_cpu)
+    return torch.equal(passes.whole(identity, End(), None)[0], norm(z))
 
 
 def disable_cpu_kernel() -> None:
     """Go back to torch's own operations in this process."""
-    passes_cbam2.use_kernel(None)
+    use_passes("cpu", None)
 
 
 @contextmanager
 def cpu_kernel(wanted: bool = True) -> Iterator[None]:
     """With the compiled kernel inside, or without; as it was before afterwards."""
-    before = passes_cbam2.kernel_in_use()
+    before = registered("cpu") is not None
     (enable_cpu_kernel if wanted else disable_cpu_kernel)()
     try:
         yield

@@ -18,9 +18,10 @@ from timm.layers import register_notrace_module
 
 from .channel_cbam2 import ChannelAttn
 from .decisions_cbam2 import statistics_kept
-from .fused_cbam2 import can_fuse, fused, fused_without_grad
+from .fused_cbam2 import can_fuse, fused, fused_without_grad, needs_gradient
 from .options_cbam2 import complete_options
-from .parts_cbam2 import no_autocast
+from .parts_cbam2 import as_one_node, is_traced
+from .residual_cbam2 import branch_end
 from .spatial_cbam2 import SpatialAttn
 
 __all__ = ["Cbam2", "CbamAttention", "ChannelAttn", "SpatialAttn", "is_cbam2", "record_attention", "resolve_options"]
@@ -136,7 +137,6 @@ class Cbam2(nn.Module):
             in_channels=channels,
             **shared,
         )
-
         self.is_plain = squeeze_norm or router_norm or learned_maps > 0 or router_pool == "none"
 
     def reset_parameters(self) -> None:
@@ -144,20 +144,32 @@ class Cbam2(nn.Module):
         self.channel.reset_parameters()
         self.spatial.reset_parameters()
 
-    def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        return_attention: bool = False,
+        shortcut: Optional[torch.Tensor] = None,
+        act: Any = None,
+    ) -> torch.Tensor:
         """
         Args:
             x: Features (B, C, H, W), any memory format, which the output keeps.
             return_attention: Return (y, CbamAttention) instead of y; both are differentiable.
+            shortcut: Features (B, C, H, W) of a residual block, added in the pass that multiplies by the last mask.
+            act: Activation after that, such as `nn.ReLU()`, called unless it is a ReLU; None for none.
 
         Returns:
-            y: Features (B, C, H, W) in x's dtype.
+            y: Features (B, C, H, W) in x's dtype, act(shortcut + attention of x).
 
         Raises:
             ValueError: When x has another shape, or holds no floating-point numbers.
         """
         if torch.jit.is_scripting():
-            return self.spatial(self.channel(x))
+            y = self.spatial(self.channel(x))
+            return y if shortcut is None else y + shortcut
+        if is_traced(x):
+            y = as_one_node(self, x) if x.tracer.root is not self else self.spatial(self.channel(x))
+            return _end(y, shortcut, act)
         if not x.is_floating_point():
             raise ValueError(f"Features of dtype {x.dtype} have no masks; give x as floating-point numbers.")
         channels = self.channel.fc1.in_channels
@@ -165,14 +177,18 @@ class Cbam2(nn.Module):
             raise ValueError(f"Features of shape {tuple(x.shape)} do not fit; give x as (B, {channels}, H, W).")
         if not return_attention:
             if not can_fuse(self, x):
-                return self.spatial(self.channel(x))
-            with no_autocast(x):
-                if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
-                    return fused(self, x)
-                return fused_without_grad(self, x)
+                return _end(self.spatial(self.channel(x)), shortcut, act)
+            if shortcut is not None:
+                return branch_end(self, x, shortcut, act=act)
+            return _end(fused(self, x) if needs_gradient(self, x) else fused_without_grad(self, x), None, act)
         y, channel_mask, fusion_weights = self.channel(x, return_attention=True)
         out, spatial_mask, router_weights = self.spatial(y, return_attention=True)
-        return out, CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)
+        return _end(out, shortcut, act), CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)
+
+
+def _end(y: torch.Tensor, shortcut: Optional[torch.Tensor], act: Any) -> torch.Tensor:
+    y = y if shortcut is None else y + shortcut
+    return y if act is None else act(y)
 
 
 def is_cbam2(module: nn.Module) -> bool:
@@ -210,7 +226,7 @@ def record_attention(model: nn.Module) -> Iterator[Dict[str, CbamAttention]]:
         def hook(block: Cbam2, args: Tuple[torch.Tensor, ...], kwargs: Dict[str, Any], output: Any) -> None:
             x = args[0] if args else kwargs["x"]
             with torch.no_grad(), statistics_kept(block):
-                records[name] = block.forward(x.detach(), return_attention=True)[1]
+                records[name] = block.forward(x.detach(), True)[1]
 
         return hook
 

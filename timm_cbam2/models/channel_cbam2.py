@@ -9,7 +9,17 @@ from timm.layers import make_divisible
 
 from .decisions_cbam2 import DecisionNorm
 from .options_cbam2 import MAX_COUNT, check_options
-from .parts_cbam2 import Fc, Router, Temperature, apply_gate, compute_dtype, no_autocast, reset_convs
+from .parts_cbam2 import (
+    Fc,
+    Router,
+    Temperature,
+    apply_gate,
+    as_one_node,
+    compute_dtype,
+    is_traced,
+    no_autocast,
+    reset_convs,
+)
 
 __all__ = ["ChannelAttn"]
 
@@ -132,6 +142,8 @@ class ChannelAttn(nn.Module):
         """
         if torch.jit.is_scripting():
             return x * self.attend(x)[0]
+        if is_traced(x) and x.tracer.root is not self:
+            return as_one_node(self, x)
         with no_autocast(x):
             mask, weights = self.attend(x)
             y = x * mask

@@ -9,6 +9,8 @@ from timm.models import convnext as timm_convnext
 from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 
 from .cbam2 import Cbam2, resolve_options
+from .parts_cbam2 import has_hooks
+from .residual_cbam2 import branch_end, owns_end
 from .twins_cbam2 import (
     attended_stages,
     build_twin,
@@ -32,6 +34,10 @@ class ConvNeXtCbam2Block(ConvNeXtBlock):
             x = self.mlp(self.norm(x))
         else:
             x = self.mlp(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        if not torch.jit.is_scripting():
+            if owns_end(self.attn, x):
+                fresh = not any(has_hooks(module) for module in self.mlp.modules())
+                return branch_end(self.attn, x, self.shortcut(shortcut), None, self.gamma, self.drop_path, None, fresh)
         x = self.attn(x)
         if self.gamma is not None:
             x = x.mul(self.gamma.reshape(1, -1, 1, 1))

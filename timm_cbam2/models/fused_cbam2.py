@@ -1,22 +1,25 @@
-"""The whole CBAM2 block as one autograd function that keeps its input and a few small tensors.
+"""The whole CBAM2 block, and what a residual block does around it, as one autograd function.
 
-Written literally the block makes about eight passes over full-size tensors and autograd keeps most of them. Here the
-small networks between the passes are differentiated by autograd as they are, and the passes by the formulas in
+Written literally the end of a residual branch (BatchNorm, attention, layer-scale, shortcut, activation) makes a dozen
+passes over full-size tensors and autograd keeps many of them. This keeps one and a few small tensors. The small
+networks between the passes are differentiated by autograd as they are, and the passes by the formulas in
 `passes_cbam2`.
 """
 
-import functools
-from typing import Any, NamedTuple, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
-from .parts_cbam2 import coordinate_windows, has_hooks
-from .passes_cbam2 import passes_for
+from .parts_cbam2 import has_hooks, no_autocast
+from .passes_cbam2 import Affine, End, Small, passes_for
+from .small_cbam2 import channel_mask, channel_weights, kept_spatial_weights, spatial_mask, spatial_weights
 
-__all__ = ["can_fuse", "fused", "fused_without_grad"]
+__all__ = ["can_fuse", "fused", "fused_without_grad", "needs_gradient", "train_affine"]
 
 
 def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
@@ -28,6 +31,7 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
         and x.numel() > 0
         and not block.is_plain
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
+        and not _has_any_global_hook()
         and forward_ad._current_level < 0
         and all(_is_bare(module, module is block) for module in block.modules())
     )
@@ -43,85 +47,119 @@ def _is_bare(module: nn.Module, is_block: bool) -> bool:
     return not isinstance(module, nn.Conv2d) or "weight" in module._parameters or is_parametrized(module)
 
 
-class _Small(NamedTuple):
-    """The small tensors of one forward pass, each in `compute_dtype`."""
-
-    s_avg: torch.Tensor  # (B, C)
-    s_max: torch.Tensor
-    ca: torch.Tensor
-    avg: torch.Tensor  # (B, H, W)
-    largest: torch.Tensor
-    sa: torch.Tensor
+NO_END = End()
 
 
-def _spatial_mask(block: nn.Module, maps: Sequence[torch.Tensor], shared: Any, convolve: Any) -> torch.Tensor:
-    if convolve is not None or (maps[0].device.type == "cpu" and torch.backends.mkldnn.is_available()):
-        return block.spatial.mask_of_mixed(*maps, *shared, convolve)
-    return block.spatial.mask_of(torch.stack(list(maps), 1), *shared)[0]
+class _Call(NamedTuple):
+    """What one call has beside the tensors that get gradients."""
+
+    block: nn.Module
+    relu: bool = False
+    drop: Optional[torch.Tensor] = None  # (B,), what stochastic depth multiplies each sample's branch by
+    norm: Optional[nn.Module] = None  # a BatchNorm that x has yet to pass
+    channel_parameters: int = 0
 
 
-@functools.lru_cache(64)
-def _kept_windows(*size: Any, inference: bool) -> Any:  # a tensor of inference mode cannot serve autograd
-    with torch.no_grad():
-        return coordinate_windows(*size)
+class _Graphs(NamedTuple):
+    """The squeezes and the masks made of them, as autograd knows them."""
+
+    squeezes: torch.Tensor  # (B, 2, C)
+    ca: torch.Tensor  # (B, C)
+    maps: torch.Tensor  # (B, 2, H, W)
+    sa: torch.Tensor  # (B, H, W)
 
 
-def _windows(spatial: nn.Module, maps: torch.Tensor) -> Any:
-    """About sixty small operations on constants, kept between passes."""
-    if not spatial.coords:
-        return None
-    size = (*maps.shape[1:], spatial.footprint, maps.device, maps.dtype)
-    return _kept_windows(*size, inference=torch.is_inference_mode_enabled())
+def _channel(call: _Call, squeezes: torch.Tensor) -> torch.Tensor:
+    part = call.block.channel
+    return channel_mask(part, channel_weights(part, squeezes.dtype), squeezes)
 
 
-def _forward(block: nn.Module, passes: Any, with_grad: bool) -> Tuple[torch.Tensor, Any, Any]:
-    """The output; the four squeezes; and the two masks (B, C) and (B, H, W), with their graphs if asked for."""
+def _spatial(call: _Call, maps: torch.Tensor, convolve: Any) -> torch.Tensor:
+    part = call.block.spatial
+    weigh = spatial_weights if torch.is_grad_enabled() else kept_spatial_weights
+    sa = spatial_mask(part, weigh(part, *maps.shape[2:], maps.dtype), maps, convolve)
+    return sa if call.drop is None else sa * call.drop.to(sa.dtype)[:, None, None]
+
+
+def _forward(call: _Call, passes: Any, end: End, with_grad: bool) -> Tuple[torch.Tensor, Small, Optional[_Graphs]]:
+    """The output, the small tensors, and their graphs where they are needed and were not left for the backward."""
+    if passes.whole is not None:
+        return (*passes.whole(call.block, end, call.drop), None)
     squeezes = passes.squeeze()
     with torch.set_grad_enabled(with_grad):
-        squeezes = [s.requires_grad_(with_grad) for s in squeezes]
-        channel = block.channel.mask_of(*squeezes)[0]
-    ca = channel.detach()
-    maps = passes.maps(ca)
+        ca = _channel(call, squeezes.requires_grad_(with_grad))
+    maps = passes.maps(ca.detach())
     with torch.set_grad_enabled(with_grad):
-        maps = [m.requires_grad_(with_grad) for m in maps]
-        shared = block.spatial.prepare(*maps[0].shape[1:], maps[0].dtype, _windows(block.spatial, maps[0]))
-        spatial = _spatial_mask(block, maps, shared, passes.convolve)
-    return passes.apply(ca, spatial.detach()), (*squeezes, *maps), (channel, spatial)
+        sa = _spatial(call, maps.requires_grad_(with_grad), passes.convolve)
+    small = Small(squeezes.detach(), ca.detach(), maps.detach(), sa.detach())
+    return passes.finish(small.ca, small.sa, end), small, _Graphs(squeezes, ca, maps, sa)
+
+
+def _graphs_of(call: _Call, small: Small, convolve: Any) -> _Graphs:
+    with torch.enable_grad():
+        squeezes, maps = small.squeezes.detach().requires_grad_(), small.maps.detach().requires_grad_()
+        return _Graphs(squeezes, _channel(call, squeezes), maps, _spatial(call, maps, convolve))
+
+
+def _train_norm(norm: nn.Module, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `norm(z)` in training: the result, and the statistics of the batch that its backward takes."""
+    norm.num_batches_tracked.add_(1)
+    buffers = norm.running_mean, norm.running_var
+    return torch.native_batch_norm(z, norm.weight, norm.bias, *buffers, True, norm.momentum, norm.eps)
+
+
+def train_affine(weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor) -> Affine:
+    """What such a BatchNorm multiplies by and adds, rounded as torch rounds."""
+    scale = invstd * weight
+    return Affine(scale, torch.addcmul(bias, mean, scale, value=-1), weight, bias, mean, invstd)
 
 
 class _Cbam2Function(torch.autograd.Function):
+    """x, shortcut, gamma, then weight and bias of the BatchNorm, then the block's parameters."""
+
     @staticmethod
-    def forward(ctx: Any, block: nn.Module, x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
-        passes = passes_for(x)
-        out, squeezes, masks = _forward(block, passes, with_grad=True)
-        ctx.block, ctx.graphs, ctx.passes_for = block, (squeezes, *masks), passes.again
-        ctx.small = _Small(*(t.detach() for t in (*squeezes[:2], masks[0], *squeezes[2:], masks[1])))
-        ctx.save_for_backward(x, *parameters)
+    def forward(ctx: Any, call: _Call, x: torch.Tensor, shortcut: Any, gamma: Any, weight: Any, bias: Any, *rest: Any):
+        mean = invstd = None
+        if call.norm is None:
+            passes = passes_for(x)
+        else:
+            normalised, mean, invstd = _train_norm(call.norm, x)
+            passes = passes_for(normalised, owned=True)
+        end = End(shortcut, gamma, call.relu, call.drop is not None)
+        out, small, graphs = _forward(call, passes, end, with_grad=True)
+        ctx.call, ctx.small, ctx.graphs, ctx.again = call, small, graphs, passes.again
+        kept = out if call.relu else None
+        ctx.save_for_backward(x, shortcut, gamma, weight, bias, mean, invstd, kept, *rest)
         return out
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
-        x, *parameters = ctx.saved_tensors
+        x, shortcut, gamma, weight, bias, mean, invstd, out, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
-            return _recompute(ctx, g, x, parameters)
-        squeezes, channel, spatial = ctx.graphs
-        passes = ctx.passes_for(x)  # as in the forward pass, whatever was switched on or off since
-        g_sa = passes.start_backward(g, ctx.small)
-        g_avg, g_max, *spatial_grads = _differentiate(ctx, spatial, squeezes[2:], parameters, g_sa)
-        g_ca = passes.channel_gradient(g_avg, g_max)
-        g_savg, g_smax, *channel_grads = _differentiate(ctx, channel, squeezes[:2], parameters, g_ca)
-        g_x = passes.input_gradient(g_savg, g_smax) if ctx.needs_input_grad[1] else None
-        both = [a if b is None else b for a, b in zip(spatial_grads, channel_grads)]
-        return (None, g_x, *both)
+            return (None, *_recompute(ctx, g, [x, shortcut, gamma, weight, bias, *parameters]))
+        affine = None if mean is None else train_affine(weight, bias, mean, invstd)
+        passes = ctx.again(x, affine)  # as in the forward pass, whatever was switched on or off since
+        squeezes, ca, maps, sa = ctx.graphs or _graphs_of(ctx.call, ctx.small, passes.convolve)
+        g_sa = passes.start_backward(g, ctx.small, gamma, out)
+        count, needs = ctx.call.channel_parameters, ctx.needs_input_grad[6:]
+        g_maps, *spatial_grads = _differentiate(sa, maps, parameters[count:], needs[count:], g_sa)
+        g_ca = passes.channel_gradient(g_maps[:, 0], g_maps[:, 1])
+        g_squeezes, *channel_grads = _differentiate(ca, squeezes, parameters[:count], needs[:count], g_ca)
+        g_gamma = passes.gamma_gradient() if ctx.needs_input_grad[3] else None
+        g_x = g_weight = g_bias = None
+        if ctx.needs_input_grad[1] or affine is not None:
+            g_x, g_weight, g_bias = passes.input_gradient(g_squeezes[:, 0], g_squeezes[:, 1])
+        g_shortcut = passes.g if ctx.needs_input_grad[2] else None
+        return (None, g_x, g_shortcut, g_gamma, g_weight, g_bias, *channel_grads, *spatial_grads)
 
 
-def _differentiate(ctx: Any, output: torch.Tensor, squeezes: Sequence, parameters: Any, g: torch.Tensor) -> Tuple:
-    """Gradients of one of the small networks: of its two squeezes, then of every parameter, None where it has none."""
-    needed = [p for p, needs in zip(parameters, ctx.needs_input_grad[2:]) if needs]
-    found = torch.autograd.grad(output, [*squeezes, *needed], g, retain_graph=True, allow_unused=True)
-    rest = iter(found[2:])
-    zeros = [torch.zeros_like(s) if f is None else f for s, f in zip(squeezes, found)]
-    return (*zeros, *(next(rest) if needs else None for needs in ctx.needs_input_grad[2:]))
+def _differentiate(output: torch.Tensor, squeezes: torch.Tensor, parameters: Sequence, needs: Sequence, g: Any) -> List:
+    """Gradients of one of the small networks: of its squeezes, then of every parameter, None where it has none."""
+    needed = [p for p, need in zip(parameters, needs) if need]
+    found = torch.autograd.grad(output, [squeezes, *needed], g, retain_graph=True, allow_unused=True)
+    rest = iter(found[1:])
+    first = torch.zeros_like(squeezes) if found[0] is None else found[0]
+    return [first, *(next(rest) if need else None for need in needs)]
 
 
 class _Plain(nn.Module):
@@ -135,23 +173,75 @@ class _Plain(nn.Module):
         return self.block.forward(x, return_attention=True)[0]
 
 
-def _recompute(ctx: Any, g: torch.Tensor, x: torch.Tensor, parameters: Any) -> Tuple[Any, ...]:
+def _recompute(ctx: Any, g: torch.Tensor, inputs: List[Any]) -> List[Any]:
     """The backward that can itself be differentiated, or vectorised: through the plain path."""
-    plain = _Plain(ctx.block)
-    names = [name for name, _ in plain.named_parameters()]
+    call = ctx.call
+    plain = _Plain(call.block)
+    parts = (call.block.channel, call.block.spatial)
+    own = {id(p): name for name, p in plain.named_parameters()}
+    names = [own[id(p)] for part in parts for p in part.parameters()]
     with torch.enable_grad():
+        # Nodes of their own: x may have been made of the shortcut, whose gradient would come twice.
+        inputs = [t if t is None else t.view_as(t) for t in inputs]
+        x, shortcut, gamma, weight, bias, *parameters = inputs
+        if call.norm is not None:
+            x = F.batch_norm(x, None, None, weight, bias, True, 0.0, call.norm.eps)
         out = torch.func.functional_call(plain, dict(zip(names, parameters)), (x,))
-    inputs = [t for t, needs in zip((x, *parameters), ctx.needs_input_grad[1:]) if needs]
-    found = iter(torch.autograd.grad(out, inputs, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
-    return (None, *(next(found) if needs else None for needs in ctx.needs_input_grad[1:]))
+        if gamma is not None:
+            out = out * gamma[:, None, None]
+        if call.drop is not None:
+            out = out * call.drop[:, None, None, None]
+        if shortcut is not None:
+            out = out + shortcut
+        if call.relu:
+            out = out.relu()
+    needs = ctx.needs_input_grad[1:]
+    needed = [t for t, need in zip(inputs, needs) if need]
+    found = iter(torch.autograd.grad(out, needed, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
+    return [next(found) if need else None for need in needs]
 
 
-def fused(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The block's output for x (B, C, H, W), with the lean backward."""
-    return _Cbam2Function.apply(block, x, *block.parameters())
+def needs_gradient(block: nn.Module, *inputs: Optional[torch.Tensor]) -> bool:
+    """Whether autograd must know of a call of `block` with these inputs."""
+    return torch.is_grad_enabled() and (
+        any(t is not None and t.requires_grad for t in inputs) or any(p.requires_grad for p in block.parameters())
+    )
 
 
-def fused_without_grad(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """The block's output for x (B, C, H, W), when nothing needs a gradient: the output is the only full-size tensor."""
-    with torch.no_grad():
-        return _forward(block, passes_for(x), with_grad=False)[0]
+def fused(
+    block: nn.Module,
+    x: torch.Tensor,
+    end: End = NO_END,
+    drop: Optional[torch.Tensor] = None,
+    norm: Optional[nn.Module] = None,
+) -> torch.Tensor:
+    """The block's output, with the lean backward.
+
+    Args:
+        block: A `Cbam2` for which `can_fuse`.
+        x: (B, C, H, W).
+        end: What follows the masks.
+        drop: (B,), what stochastic depth multiplies each sample's branch by.
+        norm: A BatchNorm in training, which x has yet to pass.
+    """
+    channel = list(block.channel.parameters())
+    call = _Call(block, end.relu, drop, norm, len(channel))
+    weights = (None, None) if norm is None else (norm.weight, norm.bias)
+    with no_autocast(x):
+        inputs = (x, end.shortcut, end.gamma, *weights, *channel, *block.spatial.parameters())
+        return _Cbam2Function.apply(call, *inputs)
+
+
+def fused_without_grad(
+    block: nn.Module, x: torch.Tensor, end: End = NO_END, affine: Optional[Affine] = None, owned: bool = False
+) -> torch.Tensor:
+    """The block's output, when nothing needs a gradient and no path is dropped.
+
+    Args:
+        block: As for `fused`, like x and end.
+        affine: What a BatchNorm in evaluation does, which x has yet to pass.
+        owned: x is nobody else's and may be overwritten.
+    """
+    with torch.no_grad(), no_autocast(x):
+        passes = passes_for(x, affine, owned)
+        return _forward(_Call(block), passes, end, with_grad=False)[0]

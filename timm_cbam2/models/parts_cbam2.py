@@ -2,9 +2,10 @@
 
 import contextlib
 import math
-from typing import Final, Tuple
+from typing import Any, Final, Tuple
 
 import torch
+import torch.fx
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,11 +19,13 @@ __all__ = [
     "Router",
     "Temperature",
     "apply_gate",
+    "as_one_node",
     "compute_dtype",
     "convolve_coordinates",
     "coordinate_windows",
     "coordinates",
     "has_hooks",
+    "is_traced",
     "no_autocast",
     "reset_convs",
 ]
@@ -39,10 +42,21 @@ def _has_autocast(device_type: str) -> bool:
 
 
 def no_autocast(x: torch.Tensor):
-    """Autocast would take the small products back to half precision."""
-    if _has_autocast(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
+    """Autocast would take the small products back to half precision; where it is off, exports stay free of it."""
+    device = x.device.type
+    if _has_autocast(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
+
+
+def is_traced(x: Any) -> bool:
+    """Whether torch.fx is tracing: x stands for a tensor that is not there yet."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def as_one_node(module: nn.Module, x: Any) -> Any:
+    """The call of `module` as one node of the graph that torch.fx is tracing: its shapes depend on the input."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 def apply_gate(z: torch.Tensor, gate: str) -> torch.Tensor:
@@ -144,10 +158,9 @@ def coordinates(count: int, device: torch.device, dtype: torch.dtype) -> torch.T
 
 def _windows(x: torch.Tensor, taps: int) -> torch.Tensor:
     """What each of `taps` taps of a centred kernel meets at each position of x (n,), zeros outside: (n, taps)."""
-    count = x.shape[0]
-    place = torch.arange(count, device=x.device)[:, None] + (torch.arange(taps, device=x.device) - taps // 2)
-    inside = (place >= 0) & (place < count)
-    return x[place.clamp(min=0).minimum(place.new_full((1,), count - 1))] * inside
+    padded = F.pad(x, [taps // 2, taps // 2])
+    place = torch.arange(x.shape[0], device=x.device)[:, None] + torch.arange(taps, device=x.device)
+    return padded.index_select(0, place.flatten()).view(-1, taps)
 
 
 def coordinate_windows(
@@ -167,8 +180,12 @@ def convolve_coordinates(
     A map that is constant along one axis makes the convolution two matrix products.
     """
     ones, down, columns = windows
-    rows = torch.cat([ones @ kernel[:, 0], down @ kernel[:, 1]], 2)
-    return rows @ columns.t()  # (K, H, 2f) @ (2f, W)
+    choices, _, taps, _ = kernel.shape
+    by_column = kernel.permute(1, 2, 0, 3).flatten(2)  # (2, f, K·f)
+    rows = torch.stack([ones @ by_column[0], down @ by_column[1]]).view(2, -1, choices, taps)
+    rows = rows.permute(2, 1, 0, 3).flatten(2)
+    # Two matrices each: what broadcasts a matrix over a batch of them is not for every converter.
+    return (rows.flatten(0, 1) @ columns.t()).view(choices, -1, columns.shape[0])  # (K·H, 2f) @ (2f, W)
 
 
 class Branch(nn.Module):

@@ -15,9 +15,10 @@ import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models import resnet as timm_resnet
 from timm.models._features import feature_take_indices
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .cbam2 import Cbam2, resolve_options
+from .residual_cbam2 import BasicBlockCbam2, BottleneckCbam2
 from .twins_cbam2 import (
     attended_stages,
     build_twin,
@@ -33,6 +34,7 @@ __all__ = ["CifarResNet", "CifarResNetCbam2", "ResNetCbam2"]
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 CIFAR_STAGES = 3
+OWN_END = {BasicBlock: BasicBlockCbam2, Bottleneck: BottleneckCbam2}
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 
 
@@ -69,8 +71,11 @@ class _AttentionSlot(TakesPlainWeights, ResNet):
         stages = [stage for stage in (self.layer1, self.layer2, self.layer3, self.layer4) if len(stage)]
         attended = attended_stages(cbam2_stages, len(stages))
         for number, stage in enumerate(stages):
-            for block in stage if number not in attended else ():
-                block.se = None
+            for block in stage:
+                if number in attended:
+                    block.__class__ = OWN_END.get(type(block), type(block))
+                else:
+                    block.se = None
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:

@@ -1,6 +1,6 @@
 """Spatial attention: what each position is multiplied by."""
 
-from typing import Callable, Final, Optional, Sequence, Tuple, cast
+from typing import Final, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -13,11 +13,13 @@ from .parts_cbam2 import (
     Router,
     Temperature,
     apply_gate,
+    as_one_node,
     compute_dtype,
     convolve_coordinates,
     coordinate_windows,
     coordinates,
     has_hooks,
+    is_traced,
     no_autocast,
     reset_convs,
 )
@@ -207,40 +209,6 @@ class SpatialAttn(nn.Module):
         given = self.with_coordinates(maps).to(next(self.router.parameters()).dtype)
         return torch.cat([conv(given) for conv in convs], 1).to(maps.dtype)
 
-    @torch.jit.ignore
-    def mask_of_mixed(
-        self,
-        avg: torch.Tensor,
-        largest: torch.Tensor,
-        kernel: torch.Tensor,
-        place: Optional[torch.Tensor],
-        convolve: Optional[Callable] = None,
-    ) -> torch.Tensor:
-        """The same mask (B, H, W), by mixing the kernels of each sample before convolving.
-
-        `avg` and `largest` (B, H, W) are over the channels. `convolve` takes maps (B, 2, H, W) and kernels
-        (B, 2, f, f); without it the samples become the channels of one depthwise convolution, which a CPU runs several
-        times faster, and its backward most of all, than a convolution from 2 to K channels. Batch and groups are then
-        one number, which torch.export and torch.compile could not keep free.
-        """
-        batch, height, width = avg.shape
-        maps = torch.stack([avg, largest], 1)  # (B, 2, H, W)
-        weights = self.route(maps)
-        mixed = (weights @ kernel.flatten(1)).view(2 * batch, 1, self.footprint, self.footprint)
-        if convolve is not None:
-            z = convolve(maps, mixed.view(batch, 2, self.footprint, self.footprint))
-        else:
-            maps = maps.view(1, 2 * batch, height, width)
-            if torch.is_grad_enabled():
-                maps = maps.contiguous(memory_format=torch.channels_last)  # for the backward's sake
-            z = F.conv2d(maps, mixed, padding=self.footprint // 2, groups=2 * batch)
-            z = z.view(batch, 2, height, width).sum(1)
-        if place is not None:
-            z = z + (weights @ place.flatten(1)).view(batch, height, width)
-        if self.center:
-            z = z - z.mean((1, 2), keepdim=True)
-        return apply_gate(z / self.temperature(avg.dtype), self.gate)
-
     def attend(self, y: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The mask (B, 1, H, W) in y's dtype and the router weights (B, K), or (B, K, H, W), of y (B, C, H, W)."""
         dtype = compute_dtype(y)
@@ -264,6 +232,8 @@ class SpatialAttn(nn.Module):
         """
         if torch.jit.is_scripting():
             return y * self.attend(y)[0]
+        if is_traced(y) and y.tracer.root is not self:
+            return as_one_node(self, y)
         with no_autocast(y):
             mask, weights = self.attend(y)
             out = y * mask

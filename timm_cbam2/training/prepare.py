@@ -22,7 +22,7 @@ from ..data.sources import images_of_run
 from ..data.stream import StreamedImages, find_stream, make_stream_loader
 from ..errors import UserError, one_line
 from ..hub.zoo import class_names, load, pretrained_tags, resolve
-from ..models.passes_cbam2 import kernel_in_use
+from ..models.passes_cbam2 import registered
 from ..models.weights_cbam2 import WARM_START
 from .launch import usable_cpus
 from .multi_label import check_multi_label
@@ -208,7 +208,7 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "accelerate": accelerate.__version__,
-        "CPU kernel": "on" if kernel_in_use() else "off",
+        "CPU kernel": "on" if registered("cpu") is not None else "off",
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ...models.cbam2 import SpatialAttn
+from ...models.small_cbam2 import spatial_mask, spatial_weights
 
 __all__ = ["cost", "measure"]
 
@@ -63,8 +64,8 @@ class _InTheBlock(nn.Module):
         self.attention = SpatialAttn(kernel_sizes=[k for k, d in KERNELS if d == 1], dilated=KERNELS[-1])
 
     def forward(self, maps: Tensor) -> Tensor:
-        shared = self.attention.prepare(*maps.shape[2:], maps.dtype)
-        return self.attention.mask_of_mixed(maps[:, 0], maps[:, 1], *shared)  # (B, H, W)
+        weights = spatial_weights(self.attention, *maps.shape[2:], maps.dtype)
+        return spatial_mask(self.attention, weights, maps[:, :2].contiguous())  # (B, H, W)
 
 
 def _kinds() -> dict[str, nn.Module]:

@@ -1,382 +1,217 @@
-// The full-size passes of CBAM2 on a CPU, each reading its tensors once; see passes_cbam2.py for the formulas.
-//
-// A sample is a matrix of `outer` rows and `inner` columns, whatever the memory format: in channels_last a row is a
-// position and a column a channel, in the contiguous format the other way round. So each pass is written once, for a
-// weight by row and a weight by column, and gives sums by row and sums by column.
+// CBAM2 on a CPU: each pass over full-size tensors reads them once; see models/passes_cbam2.py for the formulas.
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
-#include <cstring>
-#include <limits>
-#include <vector>
-
-#include "convolution.h"
+#include "backward.h"
 
 namespace {
 
-using at::Tensor;
+using Optional = std::optional<Tensor>;
+using Optionals = c10::List<Optional>;
 
-template <typename T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+// Positions in `options`, as kernels/cpu_passes.py gives them.
+enum Option { fusion, gate, center, coords, moments, learnable_channel, learnable_spatial };
+enum Fusion { by_router = 0, by_logits = 1, by_sum = 2 };
 
-template <typename T>
-inline void store(T* to, acc_t<T> value) {
-  *to = static_cast<T>(value);
-}
-
-// As c10 rounds, to nearest even, but without a branch, so that compilers vectorise it.
-inline void store(at::BFloat16* to, float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  to->x = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
-}
-
-struct Shape {
-  int64_t batch, outer, inner, parts;  // parts: into how many the rows of a sample are divided among threads
-  bool channel_is_inner;
-  int64_t first(int64_t part) const { return outer * part / parts; }
-};
-
-Shape shape_of(const Tensor& x) {
-  const bool last = x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
-  TORCH_CHECK(last || x.is_contiguous(), "cbam2: x must be contiguous or channels_last");
-  const int64_t places = x.size(2) * x.size(3), threads = at::get_num_threads();
-  const int64_t outer = last ? places : x.size(1), inner = last ? x.size(1) : places;
-  const int64_t parts = x.size(0) % threads == 0 ? 1 : std::max<int64_t>(1, std::min(threads, outer));
-  return {x.size(0), outer, inner, parts, last};
-}
-
-template <typename F>
-void for_rows(const Shape& s, F body) {  // body(sample, part, first row, end row)
-  at::parallel_for(0, s.batch * s.parts, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / s.parts, part = task % s.parts;
-      body(b, part, s.first(part), s.first(part + 1));
-    }
-  });
-}
-
-// Sums by column that each part of a sample collects for itself, `kinds` of them side by side.
 template <typename A>
-class Partial {
- public:
-  Partial(const Shape& s, int64_t kinds) : s_(s), kinds_(kinds), all_(kinds * s.batch * s.parts * s.inner) {}
-  A* at(int64_t b, int64_t part) { return all_.data() + kinds_ * (b * s_.parts + part) * s_.inner; }
-  void add_into(int64_t kind, A* sums) {
-    combine(kind, sums, [](A one, A other) { return one + other; });
+Dense<A> dense(Small<A>& of, const Tensor& weight, const Optional& bias) {
+  return {of.read(weight), of.read(bias), weight.size(0), weight.size(1)};
+}
+
+template <typename A>
+A temperature(Small<A>& of, const Tensor& stored, bool learnable) {
+  const double t = *of.read(stored);
+  return static_cast<A>(learnable ? (t > 20 ? t : std::log1p(std::exp(t))) + 1e-6 : t);
+}
+
+// weights: fc1, its bias, fc2, its bias, the same of the router, fusion logits, temperature
+template <typename A>
+ChannelNet<A> channel_net(Small<A>& of, const Optionals& weights, at::IntArrayRef options) {
+  ChannelNet<A> net;
+  auto get = [&](int64_t i) -> Optional { return weights.get(i); };
+  net.fc1 = dense(of, *get(0), get(1));
+  net.fc2 = dense(of, *get(2), get(3));
+  net.routes = options[fusion] == by_router;
+  if (net.routes) net.router = {dense(of, *get(4), get(5)), dense(of, *get(6), get(7))};
+  if (options[fusion] == by_logits) {
+    const A* logits = of.read(*get(8));
+    std::copy(logits, logits + 2, net.mix);
+    softmax(net.mix, 2);
   }
-  template <typename F>
-  void combine(int64_t kind, A* results, F join) {
-    for (int64_t b = 0; b < s_.batch; ++b)
-      for (int64_t part = 0; part < s_.parts; ++part) {
-        const A* from = at(b, part) + kind * s_.inner;
-        A* to = results + b * s_.inner;
-        for (int64_t i = 0; i < s_.inner; ++i) to[i] = part ? join(to[i], from[i]) : from[i];
-      }
+  net.bias_scale = options[fusion] == by_sum ? 2 : 1;
+  net.temperature = temperature(of, *get(9), options[learnable_channel]);
+  net.gate = options[gate], net.center = options[center];
+  return net;
+}
+
+// weights: fc1 of the router, its bias, fc2, its bias, temperature, the branches in one (K, S, f, f) or none;
+// branches: depthwise (S, 1, k, k) and pointwise (1, S, 1, 1) of each
+template <typename A>
+SpatialNet<A> spatial_net(Small<A>& of, const Optionals& weights, at::TensorList branches, at::IntArrayRef dilations,
+                          at::IntArrayRef options, int64_t height, int64_t width) {
+  SpatialNet<A> net;
+  auto get = [&](int64_t i) -> Optional { return weights.get(i); };
+  net.router = {dense(of, *get(0), get(1)), dense(of, *get(2), get(3))};
+  net.temperature = temperature(of, *get(4), options[learnable_spatial]);
+  net.gate = options[gate], net.center = options[center];
+  net.coords = options[coords], net.moments = options[moments];
+  net.maps = net.coords ? 4 : 2;
+  net.height = height, net.width = width;
+  const int64_t choices = net.router.fc2.out;
+  if (const Optional merged = get(5)) {
+    net.taps = merged->size(3);
+    const A* from = of.read(*merged);
+    net.kernels.assign(from, from + choices * net.maps * net.taps * net.taps);
+  } else {
+    for (int64_t k = 0; k < choices; ++k)
+      net.taps = std::max(net.taps, dilations[k] * (branches[2 * k].size(3) - 1) + 1);
+    net.kernels.assign(choices * net.maps * net.taps * net.taps, A(0));
+    for (int64_t k = 0; k < choices; ++k) {
+      const int64_t size = branches[2 * k].size(3), step = dilations[k];
+      const int64_t margin = (net.taps - step * (size - 1) - 1) / 2;
+      const A *depthwise = of.read(branches[2 * k]), *pointwise = of.read(branches[2 * k + 1]);
+      for (int64_t m = 0; m < net.maps; ++m)
+        for (int64_t i = 0; i < size; ++i)
+          for (int64_t j = 0; j < size; ++j)
+            net.kernels[((k * net.maps + m) * net.taps + margin + step * i) * net.taps + margin + step * j] =
+                pointwise[m] * depthwise[(m * size + i) * size + j];
+    }
   }
-
- private:
-  const Shape s_;
-  const int64_t kinds_;
-  std::vector<A> all_;
-};
-
-// Small tensors (B, n) in the type that sums are made in.
-template <typename T>
-class Small {
- public:
-  const acc_t<T>* read(const Tensor& t) {
-    kept_.push_back(t.to(type).contiguous());
-    return kept_.back().template const_data_ptr<acc_t<T>>();
-  }
-  acc_t<T>* make(Tensor& out, const Tensor& x, int64_t count) {
-    out = at::empty({x.size(0), count}, x.options().dtype(type));
-    return out.template data_ptr<acc_t<T>>();
-  }
-
- private:
-  static constexpr auto type = c10::CppTypeToScalarType<acc_t<T>>::value;
-  std::vector<Tensor> kept_;  // alive as long as their pointers are used
-};
-
-#define DISPATCH(x, ...) \
-  AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, x.scalar_type(), "cbam2", [&] { __VA_ARGS__; })
-
-// The sum and the maximum of x·scale by row, or by column. The scale is by channel, null for none.
-template <typename T, bool scaled, bool channel_is_inner>
-void reduce_rows(const T* x, const acc_t<T>* scale, const Shape& s, acc_t<T>* sums, acc_t<T>* largest) {
-  using A = acc_t<T>;
-  const int64_t n = s.inner;
-  for_rows(s, [&](int64_t b, int64_t, int64_t from, int64_t to) {
-    for (int64_t o = from; o < to; ++o) {
-      const T* row = x + (b * s.outer + o) * n;
-      const A* w = scaled && channel_is_inner ? scale + b * n : nullptr;
-      const A wo = scaled && !channel_is_inner ? scale[b * s.outer + o] : A(1);
-      A total = 0, most = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(+ : total) reduction(max : most)
-      for (int64_t i = 0; i < n; ++i) {
-        const A v = static_cast<A>(row[i]) * (scaled && channel_is_inner ? w[i] : wo);
-        total += v;
-        most = v > most ? v : most;
-      }
-      sums[b * s.outer + o] = total;
-      largest[b * s.outer + o] = most;
-    }
-  });
+  net.across = Axis<A>(width, net.taps / 2), net.down = Axis<A>(height, net.taps / 2);
+  return net;
 }
 
-template <typename T, bool scaled, bool channel_is_inner>
-void reduce_columns(const T* x, const acc_t<T>* scale, const Shape& s, acc_t<T>* sums, acc_t<T>* largest) {
-  using A = acc_t<T>;
-  const int64_t n = s.inner;
-  Partial<A> partial(s, 2);
-  for_rows(s, [&](int64_t b, int64_t part, int64_t from, int64_t to) {
-    A *sum = partial.at(b, part), *top = sum + n;
-    std::fill(top, top + n, -std::numeric_limits<A>::infinity());
-    const A* w = scaled && channel_is_inner ? scale + b * n : nullptr;
-    for (int64_t o = from; o < to; ++o) {
-      const T* row = x + (b * s.outer + o) * n;
-      const A wo = scaled && !channel_is_inner ? scale[b * s.outer + o] : A(1);
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const A v = static_cast<A>(row[i]) * (scaled && channel_is_inner ? w[i] : wo);
-        sum[i] += v;
-        top[i] = v > top[i] ? v : top[i];
-      }
-    }
-  });
-  partial.add_into(0, sums);
-  partial.combine(1, largest, [](A one, A other) { return std::max(one, other); });
-}
+#define BOTH_LAYOUTS(s, normed, ...)                                                                   \
+  if ((s).channel_is_inner && (normed)) { constexpr bool inner = true, norm = true; __VA_ARGS__; }     \
+  else if ((s).channel_is_inner) { constexpr bool inner = true, norm = false; __VA_ARGS__; }           \
+  else if (normed) { constexpr bool inner = false, norm = true; __VA_ARGS__; }                         \
+  else { constexpr bool inner = false, norm = false; __VA_ARGS__; }
 
-// Mean and maximum over positions, (B, C) each.
-std::vector<Tensor> squeeze(const Tensor& x) {
-  const Shape s = shape_of(x);
-  Tensor mean, largest;
-  DISPATCH(x, {
+std::vector<Tensor> forward(const Tensor& z, const Optional& scale, const Optional& shift, const Optional& shortcut,
+                            const Optional& gamma, const Optional& drop, bool relu, const Optionals& channel,
+                            const Optionals& spatial, at::TensorList branches, at::IntArrayRef dilations,
+                            at::IntArrayRef options, const Tensor& out) {
+  const Shape s = shape_of(z);
+  const int64_t batch = z.size(0), channels = z.size(1), height = z.size(2), width = z.size(3);
+  Tensor squeezes, ca, maps, sa;
+  DISPATCH(z, {
+    using A = acc_t<scalar_t>;
     Small<scalar_t> of;
-    auto *sums = of.make(mean, x, x.size(1)), *top = of.make(largest, x, x.size(1));
-    auto* in = x.const_data_ptr<scalar_t>();
-    if (s.channel_is_inner) reduce_columns<scalar_t, false, true>(in, nullptr, s, sums, top);
-    else reduce_rows<scalar_t, false, false>(in, nullptr, s, sums, top);
+    Small<A> net_of;
+    const auto channel_of = channel_net<A>(net_of, channel, options);
+    const auto spatial_of = spatial_net<A>(net_of, spatial, branches, dilations, options, height, width);
+    Forward<scalar_t> f{s,
+                        {z.const_data_ptr<scalar_t>(), of.read(scale), of.read(shift)},
+                        shortcut ? shortcut->const_data_ptr<scalar_t>() : nullptr,
+                        of.read(gamma),
+                        of.read(drop),
+                        relu,
+                        &channel_of,
+                        &spatial_of,
+                        of.make(squeezes, z, 2 * channels),
+                        of.make(ca, z, channels),
+                        of.make(maps, z, 2 * height * width),
+                        of.make(sa, z, height * width),
+                        out.data_ptr<scalar_t>()};
+    BOTH_LAYOUTS(s, scale.has_value(), (run_forward<scalar_t, inner, norm>(f)));
   });
-  return {mean.div_(x.size(2) * x.size(3)), largest};
-}
-
-// Mean and maximum over channels of x·ca, (B, H·W) each.
-std::vector<Tensor> maps(const Tensor& x, const Tensor& ca) {
-  const Shape s = shape_of(x);
-  Tensor mean, largest;
-  DISPATCH(x, {
-    Small<scalar_t> of;
-    auto *sums = of.make(mean, x, x.size(2) * x.size(3)), *top = of.make(largest, x, x.size(2) * x.size(3));
-    auto *in = x.const_data_ptr<scalar_t>();
-    auto *w = of.read(ca);
-    if (s.channel_is_inner) reduce_rows<scalar_t, true, true>(in, w, s, sums, top);
-    else reduce_columns<scalar_t, true, false>(in, w, s, sums, top);
-  });
-  return {mean.div_(x.size(1)), largest};
-}
-
-// x·ca·sa
-template <typename T>
-void apply_to(const T* x, const acc_t<T>* by_row, const acc_t<T>* by_column, const Shape& s, T* out) {
-  using A = acc_t<T>;
-  for_rows(s, [&](int64_t b, int64_t, int64_t from, int64_t to) {
-    const A* w = by_column + b * s.inner;
-    for (int64_t o = from; o < to; ++o) {
-      const T* row = x + (b * s.outer + o) * s.inner;
-      T* to_row = out + (b * s.outer + o) * s.inner;
-      const A wo = by_row[b * s.outer + o];
-#pragma omp simd
-      for (int64_t i = 0; i < s.inner; ++i) store(to_row + i, static_cast<A>(row[i]) * w[i] * wo);
-    }
-  });
-}
-
-Tensor apply(const Tensor& x, const Tensor& ca, const Tensor& sa) {
-  const Shape s = shape_of(x);
-  Tensor out = at::empty_like(x);
-  DISPATCH(x, {
-    Small<scalar_t> of;
-    auto *c = of.read(ca), *p = of.read(sa);
-    apply_to(x.const_data_ptr<scalar_t>(), s.channel_is_inner ? p : c, s.channel_is_inner ? c : p, s,
-             out.data_ptr<scalar_t>());
-  });
-  return out;
-}
-
-// With p = g·x: Σ_c p·ca by position and Σ_hw p·sa by channel; and how many values equal the maximum over channels
-// (of x·ca) and over positions (of x). Each (B, H·W) or (B, C): [g_sa, ties over channels, Σ p·sa, ties over positions].
-template <typename T, bool channel_is_inner>
-void products_of(const T* g, const T* x, const acc_t<T>* ca, const acc_t<T>* sa, const acc_t<T>* top_p,
-                 const acc_t<T>* top_c, const Shape& s, acc_t<T>* rows, acc_t<T>* row_ties, acc_t<T>* columns,
-                 acc_t<T>* column_ties) {
-  using A = acc_t<T>;
-  const int64_t n = s.inner;
-  Partial<A> partial(s, 2);
-  for_rows(s, [&](int64_t b, int64_t part, int64_t from, int64_t to) {
-    A *sum = partial.at(b, part), *ties = sum + n;
-    const A *wi = (channel_is_inner ? ca : sa) + b * n, *ti = (channel_is_inner ? top_c : top_p) + b * n;
-    for (int64_t o = from; o < to; ++o) {
-      const int64_t at = b * s.outer + o;
-      const T *gr = g + at * n, *xr = x + at * n;
-      const A wo = channel_is_inner ? sa[at] : ca[at], top = channel_is_inner ? top_p[at] : top_c[at];
-      A total = 0, equal = 0;
-#pragma omp simd reduction(+ : total, equal)
-      for (int64_t i = 0; i < n; ++i) {
-        const A v = static_cast<A>(xr[i]), p = static_cast<A>(gr[i]) * v;
-        const A y = v * (channel_is_inner ? wi[i] : wo);
-        total += p * wi[i];
-        sum[i] += p * wo;
-        equal += (channel_is_inner ? y : v) == top ? A(1) : A(0);
-        ties[i] += (channel_is_inner ? v : y) == ti[i] ? A(1) : A(0);
-      }
-      rows[at] = total;
-      row_ties[at] = equal;
-    }
-  });
-  partial.add_into(0, columns);
-  partial.add_into(1, column_ties);
-}
-
-std::vector<Tensor> products(const Tensor& g, const Tensor& x, const Tensor& ca, const Tensor& sa,
-                             const Tensor& top_p, const Tensor& top_c) {
-  const Shape s = shape_of(x);
-  const int64_t places = x.size(2) * x.size(3), channels = x.size(1);
-  std::vector<Tensor> out(4);
-  DISPATCH(x, {
-    Small<scalar_t> of;
-    auto *c = of.read(ca), *p = of.read(sa), *tp = of.read(top_p), *tc = of.read(top_c);
-    auto *at_p = of.make(out[0], x, places), *ties_p = of.make(out[1], x, places);
-    auto *at_c = of.make(out[2], x, channels), *ties_c = of.make(out[3], x, channels);
-    auto *gp = g.const_data_ptr<scalar_t>(), *xp = x.const_data_ptr<scalar_t>();
-    if (s.channel_is_inner) products_of<scalar_t, true>(gp, xp, c, p, tp, tc, s, at_p, ties_p, at_c, ties_c);
-    else products_of<scalar_t, false>(gp, xp, c, p, tp, tc, s, at_c, ties_c, at_p, ties_p);
-  });
-  return out;
-}
-
-// Σ_hw x·(g_avg + g_max at the maximum over channels), (B, C).
-template <typename T>
-void spread_rows(const T* x, const acc_t<T>* ca, const acc_t<T>* top, const acc_t<T>* g_avg, const acc_t<T>* g_max,
-                 const Shape& s, acc_t<T>* sums) {  // a row is a channel
-  using A = acc_t<T>;
-  const int64_t n = s.inner;
-  for_rows(s, [&](int64_t b, int64_t, int64_t from, int64_t to) {
-    const A *t = top + b * n, *a = g_avg + b * n, *m = g_max + b * n;
-    for (int64_t o = from; o < to; ++o) {
-      const T* row = x + (b * s.outer + o) * n;
-      const A w = ca[b * s.outer + o];
-      A total = 0;
-#pragma omp simd reduction(+ : total)
-      for (int64_t i = 0; i < n; ++i) {
-        const A v = static_cast<A>(row[i]);
-        total += v * (a[i] + (v * w == t[i] ? m[i] : A(0)));
-      }
-      sums[b * s.outer + o] = total;
-    }
-  });
+  return {squeezes.view({batch, 2, channels}), ca, maps.view({batch, 2, height, width}),
+          sa.view({batch, height, width})};
 }
 
 template <typename T>
-void spread_columns(const T* x, const acc_t<T>* ca, const acc_t<T>* top, const acc_t<T>* g_avg,
-                    const acc_t<T>* g_max, const Shape& s, acc_t<T>* sums) {  // a column is a channel
-  using A = acc_t<T>;
-  const int64_t n = s.inner;
-  Partial<A> partial(s, 1);
-  for_rows(s, [&](int64_t b, int64_t part, int64_t from, int64_t to) {
-    A* sum = partial.at(b, part);
-    const A* w = ca + b * n;
-    for (int64_t o = from; o < to; ++o) {
-      const int64_t at = b * s.outer + o;
-      const T* row = x + at * n;
-      const A t = top[at], a = g_avg[at], m = g_max[at];
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const A v = static_cast<A>(row[i]);
-        sum[i] += v * (a + (v * w[i] == t ? m : A(0)));
-      }
-    }
-  });
-  partial.add_into(0, sums);
+Backward<T> backward_of(Small<T>& of, const Shape& s, const Tensor& g, const Optional& out, const Tensor& z,
+                        at::ArrayRef<Optional> norm, const Optional& gamma, at::TensorList small) {
+  return {s,
+          {z.const_data_ptr<T>(), of.read(norm[0]), of.read(norm[1])},
+          of.read(norm[2]),
+          g.const_data_ptr<T>(),
+          out ? out->const_data_ptr<T>() : nullptr,
+          of.read(gamma),
+          of.read(small[1]),
+          of.read(small[3]),
+          of.read(small[0].select(1, 1)),
+          of.read(small[2].select(1, 1)),
+          nullptr};
 }
 
-Tensor spread(const Tensor& x, const Tensor& ca, const Tensor& top_p, const Tensor& g_avg, const Tensor& g_max) {
-  const Shape s = shape_of(x);
-  Tensor out;
-  DISPATCH(x, {
+// norm: scale, shift and mean of a BatchNorm, or none of them; small: squeezes, ca, maps, sa.
+// Gives g', the gradient of sa, the number of maxima over channels, and the sums by channel (columns, B, C).
+std::vector<Tensor> products(const Tensor& g, const Optional& out, const Tensor& z, const Optionals& norm,
+                             const Optional& gamma, at::TensorList small) {
+  const Shape s = shape_of(z);
+  const int64_t batch = z.size(0), channels = z.size(1), places = z.size(2) * z.size(3);
+  const auto affine = norm.vec();
+  const bool normed = affine[0].has_value();
+  const int64_t columns = normed ? columns_normed : columns_alone;
+  Tensor masked = out ? at::empty_like(z) : g, g_sa, ties_p, sums;
+  DISPATCH(z, {
     Small<scalar_t> of;
-    auto *c = of.read(ca), *top = of.read(top_p), *a = of.read(g_avg), *m = of.read(g_max);
-    auto* sums = of.make(out, x, x.size(1));
-    auto* in = x.const_data_ptr<scalar_t>();
-    if (s.channel_is_inner) spread_columns(in, c, top, a, m, s, sums);
-    else spread_rows(in, c, top, a, m, s, sums);
+    auto f = backward_of<scalar_t>(of, s, g, out, z, affine, gamma, small);
+    if (out) f.g_masked = masked.data_ptr<scalar_t>();
+    auto *at_place = of.make(g_sa, z, places), *equal = of.make(ties_p, z, places);
+    auto* by_channel = of.make(sums, z, columns * channels);
+    Partial<acc_t<scalar_t>> partial(s, s.channel_is_inner ? columns : 2);
+    auto* rows = s.channel_is_inner ? at_place : by_channel;
+    BOTH_LAYOUTS(s, normed, (products_of<scalar_t, inner, norm>(f, rows, equal, partial)));
+    if (s.channel_is_inner)
+      for (int64_t k = 0; k < columns; ++k) partial.add_into(k, by_channel + k * batch * channels);
+    else partial.add_into(0, at_place), partial.add_into(1, equal);
   });
-  return out;
+  return {masked, g_sa, ties_p, sums.view({columns, batch, channels})};
 }
 
-// (g·sa + g_avg + g_max at the maximum over channels)·ca + g_savg + g_smax at the maximum over positions.
-template <typename T, bool channel_is_inner>
-void input_gradient_of(const T* g, const T* x, const acc_t<T>* const* by_place, const acc_t<T>* const* by_channel,
-                       const Shape& s, T* out) {
-  using A = acc_t<T>;
-  const int64_t n = s.inner;
-  const A* const* inner = channel_is_inner ? by_channel : by_place;
-  const A* const* outer = channel_is_inner ? by_place : by_channel;
-  for_rows(s, [&](int64_t b, int64_t, int64_t from, int64_t to) {
-    const A *mask = inner[0] + b * n, *top = inner[1] + b * n, *avg = inner[2] + b * n, *most = inner[3] + b * n;
-    for (int64_t o = from; o < to; ++o) {
-      const int64_t at = b * s.outer + o;
-      const T *gr = g + at * n, *xr = x + at * n;
-      T* to_row = out + at * n;
-      const A row_mask = outer[0][at], row_top = outer[1][at], row_avg = outer[2][at], row_most = outer[3][at];
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const A v = static_cast<A>(xr[i]), gi = static_cast<A>(gr[i]);
-        A result;
-        if constexpr (channel_is_inner) {
-          const A gy = gi * row_mask + row_avg + (v * mask[i] == row_top ? row_most : A(0));
-          result = gy * mask[i] + avg[i] + (v == top[i] ? most[i] : A(0));
-        } else {
-          const A gy = gi * mask[i] + avg[i] + (v * row_mask == top[i] ? most[i] : A(0));
-          result = gy * row_mask + row_avg + (v == row_top ? row_most : A(0));
-        }
-        store(to_row + i, result);
-      }
-    }
-  });
-}
-
-Tensor input_gradient(const Tensor& g, const Tensor& x, at::TensorList by_place, at::TensorList by_channel) {
-  const Shape s = shape_of(x);
-  Tensor out = at::empty_like(x);
-  DISPATCH(x, {
+Tensor spread(const Tensor& z, const Optionals& norm, at::TensorList small, const Tensor& g_avg, const Tensor& g_max) {
+  const Shape s = shape_of(z);
+  const auto affine = norm.vec();
+  const int64_t columns = affine[0] ? 2 : 1;
+  Tensor sums;
+  DISPATCH(z, {
     Small<scalar_t> of;
-    const acc_t<scalar_t>*place[4], *channel[4];
-    for (int k = 0; k < 4; ++k) place[k] = of.read(by_place[k]), channel[k] = of.read(by_channel[k]);
-    const auto *gp = g.const_data_ptr<scalar_t>(), *xp = x.const_data_ptr<scalar_t>();
-    if (s.channel_is_inner) input_gradient_of<scalar_t, true>(gp, xp, place, channel, s, out.data_ptr<scalar_t>());
-    else input_gradient_of<scalar_t, false>(gp, xp, place, channel, s, out.data_ptr<scalar_t>());
+    const auto f = backward_of<scalar_t>(of, s, z, std::nullopt, z, affine, std::nullopt, small);
+    auto *a = of.read(g_avg), *m = of.read(g_max);
+    auto* out = of.make(sums, z, columns * z.size(1));
+    Partial<acc_t<scalar_t>> partial(s, columns);
+    BOTH_LAYOUTS(s, affine[0].has_value(), (spread_of<scalar_t, inner, norm>(f, a, m, out, partial)));
+    if (s.channel_is_inner)
+      for (int64_t k = 0; k < columns; ++k) partial.add_into(k, out + k * z.size(0) * z.size(1));
   });
-  return out;
+  return sums.view({columns, z.size(0), z.size(1)});
+}
+
+// by_channel: gradients of the two squeezes shared among positions, then, of a BatchNorm, offset, slope and factor.
+Tensor input_gradient(const Tensor& g, const Tensor& z, const Optionals& norm, const Optional& gamma,
+                      at::TensorList small, const Tensor& g_avg, const Tensor& g_max, const Optionals& by_channel) {
+  const Shape s = shape_of(z);
+  Tensor g_x = at::empty_like(z);
+  const auto affine = norm.vec(), given = by_channel.vec();
+  DISPATCH(z, {
+    Small<scalar_t> of;
+    const auto f = backward_of<scalar_t>(of, s, g, std::nullopt, z, affine, gamma, small);
+    const ByChannel<acc_t<scalar_t>> by{of.read(given[0]), of.read(given[1]), of.read(given[2]), of.read(given[3]),
+                                        of.read(given[4])};
+    auto *a = of.read(g_avg), *m = of.read(g_max);
+    auto* to = g_x.data_ptr<scalar_t>();
+    BOTH_LAYOUTS(s, affine[0].has_value(), (input_gradient_of<scalar_t, inner, norm>(f, a, m, by, to)));
+  });
+  return g_x;
 }
 
 }  // namespace
 
 TORCH_LIBRARY(timm_cbam2_cpu, m) {
-  m.def("squeeze", &squeeze);
-  m.def("maps", &maps);
-  m.def("apply", &apply);
-  m.def("products", &products);
-  m.def("spread", &spread);
-  m.def("input_gradient", &input_gradient);
-  m.def("convolve", &convolve);
-  m.def("convolve_backward", &convolve_backward);
+  m.def(
+      "forward(Tensor z, Tensor? scale, Tensor? shift, Tensor? shortcut, Tensor? gamma, Tensor? drop, bool relu, "
+      "Tensor?[] channel, Tensor?[] spatial, Tensor[] branches, int[] dilations, int[] options, Tensor(a!) out)"
+      " -> Tensor[]",
+      &forward);
+  m.def("products(Tensor g, Tensor? out, Tensor z, Tensor?[] norm, Tensor? gamma, Tensor[] small) -> Tensor[]",
+        &products);
+  m.def("spread(Tensor z, Tensor?[] norm, Tensor[] small, Tensor g_avg, Tensor g_max) -> Tensor", &spread);
+  m.def(
+      "input_gradient(Tensor g, Tensor z, Tensor?[] norm, Tensor? gamma, Tensor[] small, Tensor g_avg, Tensor g_max, "
+      "Tensor?[] by_channel) -> Tensor",
+      &input_gradient);
+  m.def("convolve(Tensor maps, Tensor kernels) -> Tensor", &convolve);
+  m.def("convolve_backward(Tensor g, Tensor maps, Tensor kernels) -> Tensor[]", &convolve_backward);
 }
