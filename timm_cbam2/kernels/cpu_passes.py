@@ -37,8 +37,8 @@ def weights_of(block: nn.Module) -> tuple[Any, ...]:
     of_spatial = [*_layer(spatial.router.fc1), *_layer(spatial.router.fc2), _temperature(spatial)]
     of_spatial.append(None if spatial.conv is None else spatial.conv.weight)
     branches = list(spatial.branches)
-    options = [FUSIONS.index(fusion), GATES.index(channel.gate), channel.center, spatial.coords, spatial.moments]
-    options += [channel.temperature.learnable, spatial.temperature.learnable]
+    options = [FUSIONS.index(fusion), GATES.index(channel.gate), channel.center, spatial.center]
+    options += [spatial.coords, spatial.moments, channel.temperature.learnable, spatial.temperature.learnable]
     convs = [weight for branch in branches for weight in (branch.dw.weight, branch.pw.weight)]
     return of_channel, of_spatial, convs, [branch.dilation for branch in branches], [int(option) for option in options]
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import Any, Final, Tuple
+from typing import Any, Final
 
 import torch
 import torch.fx
@@ -19,10 +19,9 @@ __all__ = [
     "Router",
     "Temperature",
     "apply_gate",
+    "cast",
     "as_one_node",
     "compute_dtype",
-    "convolve_coordinates",
-    "coordinate_windows",
     "coordinates",
     "has_hooks",
     "is_traced",
@@ -59,6 +58,11 @@ def as_one_node(module: nn.Module, x: Any) -> Any:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
+def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`; where it is so already exports are free of a conversion and of a check of it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def apply_gate(z: torch.Tensor, gate: str) -> torch.Tensor:
     if gate == "hard_sigmoid":
         return F.hardsigmoid(z)
@@ -83,8 +87,8 @@ class Fc(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias
         if bias is not None:
-            bias = bias.to(x.dtype)
-        return F.linear(x, self.weight.flatten(1).to(x.dtype), bias)  # (B, C_out)
+            bias = cast(bias, x.dtype)
+        return F.linear(x, cast(self.weight.flatten(1), x.dtype), bias)  # (B, C_out)
 
 
 class Router(nn.Module):
@@ -135,8 +139,8 @@ class Temperature(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> torch.Tensor:
         if self.learnable:
-            return F.softplus(self.raw.to(dtype)) + self.eps  # (1,)
-        return self.value.to(dtype)
+            return F.softplus(cast(self.raw, dtype)) + self.eps  # (1,)
+        return cast(self.value, dtype)
 
 
 def reset_convs(module: nn.Module) -> None:
@@ -154,38 +158,6 @@ def coordinates(count: int, device: torch.device, dtype: torch.dtype) -> torch.T
     steps = torch.arange(count, device=device, dtype=dtype)
     last = steps[-1:]
     return (2 * steps - last) / last.clamp(min=1)
-
-
-def _windows(x: torch.Tensor, taps: int) -> torch.Tensor:
-    """What each of `taps` taps of a centred kernel meets at each position of x (n,), zeros outside: (n, taps)."""
-    padded = F.pad(x, [taps // 2, taps // 2])
-    place = torch.arange(x.shape[0], device=x.device)[:, None] + torch.arange(taps, device=x.device)
-    return padded.index_select(0, place.flatten()).view(-1, taps)
-
-
-def coordinate_windows(
-    height: int, width: int, taps: int, device: torch.device, dtype: torch.dtype
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a centred kernel of `taps` meets of 1 and of Y along H, (H, f) each, and of X and of 1 along W, (W, 2f)."""
-    across, down = coordinates(width, device, dtype), coordinates(height, device, dtype)
-    columns = torch.cat([_windows(across, taps), _windows(torch.ones_like(across), taps)], 1)
-    return _windows(torch.ones_like(down), taps), _windows(down, taps), columns
-
-
-def convolve_coordinates(
-    kernel: torch.Tensor, windows: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """Convolve the maps X and Y (each depends on one axis only) with kernel (K, 2, f, f), zero padding: (K, H, W).
-
-    A map that is constant along one axis makes the convolution two matrix products.
-    """
-    ones, down, columns = windows
-    choices, _, taps, _ = kernel.shape
-    by_column = kernel.permute(1, 2, 0, 3).flatten(2)  # (2, f, K·f)
-    rows = torch.stack([ones @ by_column[0], down @ by_column[1]]).view(2, -1, choices, taps)
-    rows = rows.permute(2, 1, 0, 3).flatten(2)
-    # Two matrices each: what broadcasts a matrix over a batch of them is not for every converter.
-    return (rows.flatten(0, 1) @ columns.t()).view(choices, -1, columns.shape[0])  # (K·H, 2f) @ (2f, W)
 
 
 class Branch(nn.Module):
@@ -206,10 +178,10 @@ class Branch(nn.Module):
 
     def kernel(self, footprint: int, dtype: torch.dtype) -> torch.Tensor:
         """The equal dense kernel (S, footprint, footprint), zeros between dilated taps and around it."""
-        taps = (self.pw.weight.transpose(0, 1).to(dtype) * self.dw.weight.to(dtype)).squeeze(1)  # (S, k, k)
+        taps = (cast(self.pw.weight.transpose(0, 1), dtype) * cast(self.dw.weight, dtype)).squeeze(1)  # (S, k, k)
         if self.dilation > 1:
-            spread = torch.zeros(taps.shape[0], self.footprint, self.footprint, device=taps.device, dtype=dtype)
-            spread[:, :: self.dilation, :: self.dilation] = taps
-            taps = spread
+            between = self.dilation - 1
+            taps = F.pad(taps[:, :, None, :, None], [0, between, 0, 0, 0, between])  # (S, k, dilation, k, dilation)
+            taps = taps.flatten(3).flatten(1, 2)[:, : self.footprint, : self.footprint]
         margin = (footprint - self.footprint) // 2
         return F.pad(taps, [margin, margin, margin, margin])

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .parts_cbam2 import apply_gate, convolve_coordinates, coordinate_windows, coordinates
+from .parts_cbam2 import apply_gate, coordinates
 
 __all__ = ["channel_mask", "channel_weights", "kept_spatial_weights", "spatial_mask", "spatial_weights"]
 
@@ -105,10 +105,41 @@ def _dense_kernels(part: nn.Module, dtype: torch.dtype) -> torch.Tensor:
     return (dense * scale[:, :, None]).view(len(branches), -1, part.footprint, part.footprint)
 
 
+def _met_by_taps(x: torch.Tensor, taps: int) -> torch.Tensor:
+    """What each of `taps` taps of a centred kernel meets at each position of x (n,), zeros outside: (n, taps)."""
+    padded = F.pad(x, [taps // 2, taps // 2])
+    place = torch.arange(x.shape[0], device=x.device)[:, None] + torch.arange(taps, device=x.device)
+    return padded.index_select(0, place.flatten()).view(-1, taps)
+
+
+def _coordinate_windows(
+    height: int, width: int, taps: int, device: torch.device, dtype: torch.dtype
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a centred kernel of `taps` meets of 1 and of Y along H, (H, f) each, and of X and of 1 along W, (W, 2f)."""
+    across, down = coordinates(width, device, dtype), coordinates(height, device, dtype)
+    columns = torch.cat([_met_by_taps(across, taps), _met_by_taps(torch.ones_like(across), taps)], 1)
+    return _met_by_taps(torch.ones_like(down), taps), _met_by_taps(down, taps), columns
+
+
+def _convolve_coordinates(
+    kernel: torch.Tensor, windows: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+) -> torch.Tensor:
+    """Convolve the maps X and Y (each depends on one axis only) with kernel (K, 2, f, f), zero padding: (K, H, W).
+
+    A map that is constant along one axis makes the convolution two matrix products.
+    """
+    ones, down, columns = windows
+    choices, _, taps, _ = kernel.shape
+    by_column = kernel.permute(1, 2, 0, 3).flatten(2)  # (2, f, K·f)
+    rows = torch.stack([ones @ by_column[0], down @ by_column[1]]).view(2, -1, choices, taps)
+    rows = rows.permute(2, 1, 0, 3).flatten(2)
+    return (rows.flatten(0, 1) @ columns.t()).view(choices, -1, columns.shape[0])  # (K·H, 2f) @ (2f, W)
+
+
 @functools.lru_cache(64)
 def _kept_windows(*size: Any, inference: bool) -> Any:  # a tensor of inference mode cannot serve autograd
     with torch.no_grad():
-        return coordinate_windows(*size)
+        return _coordinate_windows(*size)
 
 
 def _windows(*size: Any) -> Any:
@@ -121,7 +152,7 @@ def spatial_weights(part: nn.Module, height: int, width: int, dtype: torch.dtype
     kernel, place = _dense_kernels(part, dtype), None  # (K, S, f, f)
     if part.coords:
         windows = _windows(height, width, part.footprint, kernel.device, dtype)
-        place = convolve_coordinates(kernel[:, 2:], windows).flatten(1)
+        place = _convolve_coordinates(kernel[:, 2:], windows).flatten(1)
     fc1, bias = _dense(part.router.fc1, dtype)
     if part.coords and not part.moments:
         fc1 = fc1[:, :2]  # the mean of a symmetric coordinate is 0

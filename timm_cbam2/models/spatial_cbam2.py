@@ -14,9 +14,8 @@ from .parts_cbam2 import (
     Temperature,
     apply_gate,
     as_one_node,
+    cast,
     compute_dtype,
-    convolve_coordinates,
-    coordinate_windows,
     coordinates,
     has_hooks,
     is_traced,
@@ -124,27 +123,21 @@ class SpatialAttn(nn.Module):
     def kernel(self, dtype: torch.dtype) -> torch.Tensor:
         """All branches as one dense kernel (K, S, f, f) with the largest footprint f."""
         if self.conv is not None:
-            return self.conv.weight.to(dtype)
+            return cast(self.conv.weight, dtype)
         kernels = []
         for branch in self.branches:
             kernels.append(branch.kernel(self.footprint, dtype))
         return torch.stack(kernels)
 
-    def prepare(
-        self,
-        height: int,
-        width: int,
-        dtype: torch.dtype,
-        windows: Optional[Tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = None,
-    ) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    def prepare(self, height: int, width: int, dtype: torch.dtype) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """What does not depend on the input: the kernel (K, 2 + P, f, f) of the maps, and what the coordinates add
-        (K, H, W), None without them. `windows` are those of `coordinate_windows` where the caller keeps them."""
+        (K, H, W), None without them."""
         kernel = self.kernel(dtype)
         place: Optional[torch.Tensor] = None
         if self.coords:
-            if windows is None:
-                windows = coordinate_windows(height, width, self.footprint, kernel.device, dtype)
-            place = convolve_coordinates(kernel[:, 2:4], windows)
+            across = coordinates(width, kernel.device, dtype).expand(height, width)
+            down = coordinates(height, kernel.device, dtype)[:, None].expand(height, width)
+            place = F.conv2d(torch.stack([across, down])[None], kernel[:, 2:4], padding=self.footprint // 2)[0]
             kernel = torch.cat([kernel[:, :2], kernel[:, 4:]], 1) if self.learned is not None else kernel[:, :2]
         return kernel, place
 
@@ -187,11 +180,8 @@ class SpatialAttn(nn.Module):
 
     def mix(self, z: torch.Tensor, weights: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """The mask (B, H, W) and the router weights, given those and what the branches give (B, K, H, W)."""
-        batch, _, height, width = z.shape
-        if self.by_position:
-            z = (weights * z).sum(1)
-        else:
-            z = torch.bmm(weights[:, None], z.flatten(2)).view(batch, height, width)
+        by_position = weights if self.by_position else weights[:, :, None, None]
+        z = (by_position * z).sum(1)  # no shapes that a converter would have to compute
         if self.center:
             z = z - z.mean((1, 2), keepdim=True)
         return apply_gate(z / self.temperature(z.dtype), self.gate), weights
@@ -214,14 +204,14 @@ class SpatialAttn(nn.Module):
         dtype = compute_dtype(y)
         # Kept dimensions and `cat`, not `stack`: a view is what inductor cannot keep for a backward of free height and
         # width.
-        maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), y.amax(1, keepdim=True).to(dtype)], 1)
+        maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), cast(y.amax(1, keepdim=True), dtype)], 1)
         if self.learned is not None:
             maps = torch.cat([maps, self.learned(y, dtype)], 1)
         if not torch.jit.is_scripting() and self.is_watched():
             mask, weights = self.mix(self.call_branches(maps), self.route(maps))
         else:
             mask, weights = self.mask_of(maps, *self.prepare(y.shape[2], y.shape[3], dtype))
-        return mask.to(y.dtype)[:, None], weights
+        return cast(mask, y.dtype)[:, None], weights
 
     def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
         """

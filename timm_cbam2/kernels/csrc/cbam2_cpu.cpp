@@ -10,7 +10,7 @@ using Optional = std::optional<Tensor>;
 using Optionals = c10::List<Optional>;
 
 // Positions in `options`, as kernels/cpu_passes.py gives them.
-enum Option { fusion, gate, center, coords, moments, learnable_channel, learnable_spatial };
+enum Option { fusion, gate, center_channel, center_spatial, coords, moments, learnable_channel, learnable_spatial };
 enum Fusion { by_router = 0, by_logits = 1, by_sum = 2 };
 
 template <typename A>
@@ -40,7 +40,7 @@ ChannelNet<A> channel_net(Small<A>& of, const Optionals& weights, at::IntArrayRe
   }
   net.bias_scale = options[fusion] == by_sum ? 2 : 1;
   net.temperature = temperature(of, *get(9), options[learnable_channel]);
-  net.gate = options[gate], net.center = options[center];
+  net.gate = options[gate], net.center = options[center_channel];
   return net;
 }
 
@@ -53,7 +53,7 @@ SpatialNet<A> spatial_net(Small<A>& of, const Optionals& weights, at::TensorList
   auto get = [&](int64_t i) -> Optional { return weights.get(i); };
   net.router = {dense(of, *get(0), get(1)), dense(of, *get(2), get(3))};
   net.temperature = temperature(of, *get(4), options[learnable_spatial]);
-  net.gate = options[gate], net.center = options[center];
+  net.gate = options[gate], net.center = options[center_spatial];
   net.coords = options[coords], net.moments = options[moments];
   net.maps = net.coords ? 4 : 2;
   net.height = height, net.width = width;
