@@ -40,7 +40,12 @@ def _refusals(what: str) -> Iterator[None]:
 def _program(model: nn.Module, size: tuple[int, int, int]) -> torch.export.ExportedProgram:
     channels, height, width = size
     dynamic = {name: torch.export.Dim.DYNAMIC for name in (0, 2, 3)}
-    with _refusals(f"torch.export cannot trace this model with images of {height}x{width}, try another --img-size"):
+    # Without this a map of one position, the deepest of many a small image, would fix the size for ever.
+    free = torch.fx.experimental._config.patch(backed_size_oblivious=True)
+    with (
+        free,
+        _refusals(f"torch.export cannot trace this model with images of {height}x{width}, try another --img-size"),
+    ):
         return torch.export.export(model, (torch.randn(2, channels, height, width),), dynamic_shapes=(dynamic,))
 
 

@@ -14,8 +14,8 @@ from .parts_cbam2 import (
     Router,
     Temperature,
     apply_gate,
+    as_dtype,
     as_one_node,
-    cast,
     compute_dtype,
     is_traced,
     no_autocast,
@@ -117,14 +117,14 @@ class ChannelAttn(nn.Module):
             weights = self.router(torch.cat([s_avg, s_max], 1))  # (B, 2)
             hidden = weights[:, :1] * hidden_avg + weights[:, 1:] * hidden_max
         elif self.fusion_logits is not None:
-            mix = cast(self.fusion_logits, dtype).softmax(0)  # (2,)
+            mix = as_dtype(self.fusion_logits, dtype).softmax(0)  # (2,)
             hidden = mix[0] * hidden_avg + mix[1] * hidden_max
         else:
             hidden = hidden_avg + hidden_max
         z = self.fc2(hidden)  # (B, C)
         bias = self.fc2.bias
         if self.is_sum and bias is not None:
-            z = z + cast(bias, dtype)  # both squeezes carry it
+            z = z + as_dtype(bias, dtype)  # both squeezes carry it
         if self.center:
             z = z - z.mean(1, keepdim=True)
         return apply_gate(z / self.temperature(dtype), self.gate), weights
@@ -132,8 +132,8 @@ class ChannelAttn(nn.Module):
     def attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The mask (B, C, 1, 1) in x's dtype, and the fusion weights (B, 2) or None, of x (B, C, H, W)."""
         dtype = compute_dtype(x)
-        mask, weights = self.mask_of(x.mean((2, 3), dtype=dtype), cast(x.amax((2, 3)), dtype))
-        return cast(mask, x.dtype)[:, :, None, None], weights
+        mask, weights = self.mask_of(x.mean((2, 3), dtype=dtype), as_dtype(x.amax((2, 3)), dtype))
+        return as_dtype(mask, x.dtype)[:, :, None, None], weights
 
     def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
         """

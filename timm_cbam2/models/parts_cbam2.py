@@ -19,7 +19,7 @@ __all__ = [
     "Router",
     "Temperature",
     "apply_gate",
-    "cast",
+    "as_dtype",
     "as_one_node",
     "compute_dtype",
     "coordinates",
@@ -58,7 +58,7 @@ def as_one_node(module: nn.Module, x: Any) -> Any:
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
-def cast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x in `dtype`; where it is so already exports are free of a conversion and of a check of it."""
     return x if x.dtype == dtype else x.to(dtype)
 
@@ -87,8 +87,8 @@ class Fc(nn.Conv2d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = self.bias
         if bias is not None:
-            bias = cast(bias, x.dtype)
-        return F.linear(x, cast(self.weight.flatten(1), x.dtype), bias)  # (B, C_out)
+            bias = as_dtype(bias, x.dtype)
+        return F.linear(x, as_dtype(self.weight.flatten(1), x.dtype), bias)  # (B, C_out)
 
 
 class Router(nn.Module):
@@ -139,8 +139,8 @@ class Temperature(nn.Module):
 
     def forward(self, dtype: torch.dtype) -> torch.Tensor:
         if self.learnable:
-            return F.softplus(cast(self.raw, dtype)) + self.eps  # (1,)
-        return cast(self.value, dtype)
+            return F.softplus(as_dtype(self.raw, dtype)) + self.eps  # (1,)
+        return as_dtype(self.value, dtype)
 
 
 def reset_convs(module: nn.Module) -> None:
@@ -178,7 +178,8 @@ class Branch(nn.Module):
 
     def kernel(self, footprint: int, dtype: torch.dtype) -> torch.Tensor:
         """The equal dense kernel (S, footprint, footprint), zeros between dilated taps and around it."""
-        taps = (cast(self.pw.weight.transpose(0, 1), dtype) * cast(self.dw.weight, dtype)).squeeze(1)  # (S, k, k)
+        pointwise = as_dtype(self.pw.weight, dtype).transpose(0, 1)
+        taps = (pointwise * as_dtype(self.dw.weight, dtype)).squeeze(1)  # (S, k, k)
         if self.dilation > 1:
             between = self.dilation - 1
             taps = F.pad(taps[:, :, None, :, None], [0, between, 0, 0, 0, between])  # (S, k, dilation, k, dilation)

@@ -13,8 +13,8 @@ from .parts_cbam2 import (
     Router,
     Temperature,
     apply_gate,
+    as_dtype,
     as_one_node,
-    cast,
     compute_dtype,
     coordinates,
     has_hooks,
@@ -123,7 +123,7 @@ class SpatialAttn(nn.Module):
     def kernel(self, dtype: torch.dtype) -> torch.Tensor:
         """All branches as one dense kernel (K, S, f, f) with the largest footprint f."""
         if self.conv is not None:
-            return cast(self.conv.weight, dtype)
+            return as_dtype(self.conv.weight, dtype)
         kernels = []
         for branch in self.branches:
             kernels.append(branch.kernel(self.footprint, dtype))
@@ -204,14 +204,14 @@ class SpatialAttn(nn.Module):
         dtype = compute_dtype(y)
         # Kept dimensions and `cat`, not `stack`: a view is what inductor cannot keep for a backward of free height and
         # width.
-        maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), cast(y.amax(1, keepdim=True), dtype)], 1)
+        maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), as_dtype(y.amax(1, keepdim=True), dtype)], 1)
         if self.learned is not None:
             maps = torch.cat([maps, self.learned(y, dtype)], 1)
         if not torch.jit.is_scripting() and self.is_watched():
             mask, weights = self.mix(self.call_branches(maps), self.route(maps))
         else:
             mask, weights = self.mask_of(maps, *self.prepare(y.shape[2], y.shape[3], dtype))
-        return cast(mask, y.dtype)[:, None], weights
+        return as_dtype(mask, y.dtype)[:, None], weights
 
     def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
         """
