@@ -55,6 +55,8 @@ __all__ = [
     "SpatialAttn",
     "disable_cpu_kernel",
     "enable_cpu_kernel",
+    "explain",
+    "freeze",
     "insert",
     "load_inserted",
     "record_attention",
@@ -68,6 +70,8 @@ __all__ = [
 _LAZY = {
     "disable_cpu_kernel": ".kernels.cpu",
     "enable_cpu_kernel": ".kernels.cpu",
+    "explain": ".seeing.explain",
+    "freeze": ".training.optimise",
     "insert": ".insertion.insert",
     "load_inserted": ".insertion.saved",
     "remove": ".insertion.remove",

@@ -3,11 +3,15 @@
 import argparse
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 import timm
 import torch
 import torchvision
+from conftest import COMMAND
+from hub_server import Hub
 from networks import images
 from randomise import randomise
 from safetensors.torch import load_file, save_file
@@ -227,3 +231,24 @@ def test_finetune_starts_from_them(files, run, refused, write_folder, tmp_path):
     refused(
         "finetune", "--start-from", files / "timm", "--model", "resnet20_cbam2", words=("does not fit resnet20_cbam2",)
     )
+
+
+def test_repositories_on_the_hub(files, plain, environment, tmp_path):
+    with Hub() as hub:
+        for repo, folder in (("user/plain", files / "timm"), ("user/empty", files / "none")):
+            hub.add(repo, {file.name: file.read_bytes() for file in folder.glob("*")})
+        env = {**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        del env["HF_HUB_OFFLINE"]
+
+        def call(*args):
+            command = [sys.executable, "-c", COMMAND, *map(str, args)]
+            return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+
+        result = call("insert", "hf-hub:user/plain", "-o", "new")
+        assert result.returncode == 0 and "outputs equal those before, bit for bit" in result.stdout, result
+        assert torch.equal(opened(tmp_path / "new")(images(side=64)), plain(images(side=64)))
+        result = call("insert", "hf-hub:user/empty", "-o", "other")
+        assert result.returncode == 2 and "has neither model.safetensors nor pytorch_model.bin" in result.stderr
+        result = call("insert", "hf-hub:user/none", "-o", "other")
+        assert result.returncode == 2 and result.stderr.startswith("timm-cbam2: hf-hub:user/none cannot be fetched")
+        assert len(result.stderr.splitlines()) == 1

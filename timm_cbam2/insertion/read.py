@@ -12,6 +12,8 @@ from typing import Any
 
 import timm
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import RemoteEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
@@ -73,22 +75,23 @@ def read_source(name: str) -> Source:
 
 def _fetched(name: str) -> Path:
     """The cached files of a repository on the Hub."""
-    from huggingface_hub import hf_hub_download, list_repo_files
-
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
     try:
-        there = list_repo_files(repo, revision=revision or None)
-        wanted = next((file for file in WEIGHTS if file in there), None)
-        if wanted is None:
-            raise UserError(f"{name} has neither {' nor '.join(WEIGHTS)}")
-        files = [
-            hf_hub_download(repo, file, revision=revision or None) for file in ("config.json", wanted) if file in there
-        ]
+        _download(repo, revision, "config.json")
+        found = next(filter(None, (_download(repo, revision, file) for file in WEIGHTS)), None)
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{name} cannot be fetched: {one_line(error, 200)}") from error
-    return Path(files[-1]).parent
+    if found is None:
+        raise UserError(f"{name} has neither {' nor '.join(WEIGHTS)}")
+    return found.parent
+
+
+def _download(repo: str, revision: str, file: str) -> Path | None:
+    """A file of a repository, None where it has no such file."""
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision or None))
+    except RemoteEntryNotFoundError:
+        return None
 
 
 def _from_folder(folder: Path, name: str, weights: Path | None = None) -> Source:

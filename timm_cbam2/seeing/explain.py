@@ -152,6 +152,7 @@ def _find(images: Sequence[str], output: Path) -> list[Path]:
     Raises:
         UserError: nothing there, or a folder without images.
     """
+    images = [images] if isinstance(images, (str, Path)) else images
     found: list[Path] = []
     own = {Path(given).expanduser().resolve() for given in images}
     for given in images:
