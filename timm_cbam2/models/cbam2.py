@@ -107,36 +107,14 @@ class Cbam2(nn.Module):
             ValueError: For an option that is not allowed.
         """
         super().__init__()
-        shared = dict(
-            router_channels=router_channels,
-            temperature=temperature,
-            learnable_temperature=learnable_temperature,
-            gate=gate,
-            center=center,
-            router_norm=router_norm,
-            device=device,
-            dtype=dtype,
-        )
-        self.channel = ChannelAttn(
-            channels,
-            rd_ratio,
-            rd_channels,
-            rd_divisor,
-            fusion=fusion,
-            mlp_bias=mlp_bias,
-            squeeze_norm=squeeze_norm,
-            **shared,
-        )
-        self.spatial = SpatialAttn(
-            kernel_sizes=kernel_sizes,
-            dilated=dilated,
-            coords=coords,
-            router_pool=router_pool,
-            center_spatial=center_spatial,
-            learned_maps=learned_maps,
-            in_channels=channels,
-            **shared,
-        )
+        shared: Dict[str, Any] = dict(temperature=temperature, learnable_temperature=learnable_temperature, gate=gate)
+        shared |= dict(router_channels=router_channels, router_norm=router_norm, center=center)
+        shared |= dict(device=device, dtype=dtype)
+        own: Dict[str, Any] = dict(fusion=fusion, mlp_bias=mlp_bias, squeeze_norm=squeeze_norm)
+        self.channel = ChannelAttn(channels, rd_ratio, rd_channels, rd_divisor, **own, **shared)
+        own = dict(kernel_sizes=kernel_sizes, dilated=dilated, coords=coords, router_pool=router_pool)
+        own |= dict(center_spatial=center_spatial, learned_maps=learned_maps, in_channels=channels)
+        self.spatial = SpatialAttn(**own, **shared)
         self.is_plain = squeeze_norm or router_norm or learned_maps > 0 or router_pool == "none"
 
     def reset_parameters(self) -> None:

@@ -59,8 +59,8 @@ class SpatialAttn(nn.Module):
             kernel_sizes: One branch for each; an even size is raised to the next odd one.
             dilated: (kernel size, dilation) of one more branch, the last; None for none.
             coords: Give the branches coordinate maps beside the average and the maximum over channels.
-            router_pool: "avg" shows the router the mean of each map, "moments" also where the average is large; with
-                "none" it decides at every position, from the maps around it.
+            router_pool: "avg" shows the router the mean of each map, "moments" also where the average is large; "none"
+                decides at every position, from the maps around it.
             temperature: Starting value of the number that divides the gate's input.
             learnable_temperature: Train the temperature; otherwise it is a saved buffer.
             gate: "sigmoid", "hard_sigmoid" or "unit_sigmoid" (2·sigmoid, 1 at 0: a fresh layer is the identity).
@@ -80,18 +80,15 @@ class SpatialAttn(nn.Module):
             raise ValueError(f"learned_maps={learned_maps} is not allowed without in_channels; give their number.")
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.gate = gate
-        self.coords = coords
-        self.center = center or center_spatial
-        self.moments = router_pool == "moments"
-        self.by_position = router_pool == "none"
+        self.gate, self.coords, self.center = gate, coords, center or center_spatial
+        self.moments, self.by_position = router_pool == "moments", router_pool == "none"
         maps = (4 if coords else 2) + learned_maps
         shapes = [(k, 1) for k in kernel_sizes] + ([tuple(dilated)] if dilated else [])
         self.branches = nn.ModuleList(Branch(maps, k + 1 - k % 2, dilation, **dd) for k, dilation in shapes)
         self.conv: Optional[nn.Conv2d] = None  # the branches in one, after `reparameterize`
         self.footprint = max(branch.footprint for branch in self.branches)
         if self.by_position:
-            self.router: nn.Module = PositionRouter(maps, len(shapes), router_norm, **dd)
+            self.router = PositionRouter(maps, len(shapes), router_norm, **dd)
         else:
             self.router = Router(maps, router_channels, len(shapes), norm=router_norm, **dd)
         self.learned = LearnedMaps(cast(int, in_channels), learned_maps, **dd) if learned_maps else None
