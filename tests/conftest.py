@@ -26,7 +26,16 @@ COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import ma
 # Not what reads the environment while it is imported, such as huggingface_hub.
 LIBRARIES = ("torch", "torchvision", "scipy.optimize")
 LONG = (
-    *("test_resume", "test_package", "test_app", "test_ablation", "test_export", "test_readme", "test_training"),
+    *(
+        "test_resume",
+        "test_gpu_day",
+        "test_package",
+        "test_app",
+        "test_ablation",
+        "test_export",
+        "test_readme",
+        "test_training",
+    ),
     *("test_benchmark", "test_streaming_resume", "test_models", "test_compile", "test_explain", "test_transformers"),
     *("test_hub", "test_cbam2", "test_push_run", "test_finetune", "test_cpu_kernel", "test_warm_start", "test_insert"),
     *("test_launch_configs", "test_run_report", "test_cli", "test_fused", "test_run_options", "test_remote_code"),

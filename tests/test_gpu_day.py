@@ -1,4 +1,4 @@
-"""The command for the day a GPU is there, rehearsed on the CPU: every part is done, and one that fails ends no other."""
+"""The command for the day a GPU is there, rehearsed: every part is done, and one that fails ends no other."""
 
 import io
 import json
@@ -57,7 +57,7 @@ def test_every_part_on_the_cpu(parquet, tmp_path):
     assert checked >= {"block", "networks", "guards", "compiled", "loop", "processes"}
     killed = next(row for row in found if row.get("what") == "killed and resumed")
     assert killed["bit_identical"] and killed["largest_difference"] == 0
-    variants = {row["variant"] for row in found if row["part"] == "speed" and row["training"]}
+    variants = {row["variant"] for row in found if row["part"] == "speed" and row.get("training")}
     assert variants >= {"plain", "se", "eca", "cbam", "cbam2"}
     ablation = [row for row in found if row.get("bench") == "ablation"]
     assert all(len(row["accuracies"]) == 2 for row in ablation) and {r["variant"] for r in ablation} > {
@@ -65,43 +65,53 @@ def test_every_part_on_the_cpu(parquet, tmp_path):
         "cbam2",
     }
     assert any(row.get("question") == "controls" and row["seeds"] == 2 for row in found)
+    claims = [json.loads(line) for line in (tmp_path / "claims.jsonl").read_text().splitlines()]
+    assert [row["start"] for row in claims] == [1, 0] and all("worth" in row for row in claims)
     for name in ("resnet20_cbam2", "resnet56_cbam2"):
         folder = tmp_path / f"{name}.cifar10"
         model = timm_cbam2.hub.zoo.load(str(folder))  # opens as any model folder
         assert model.num_classes == 10 and load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
 
     # Trainings that are known are not made again.
-    again = gpu_day(
-        "--data", parquet, "--out", tmp_path / "again", "--only", "ablation", "--done", tmp_path / "gpu_day.jsonl"
-    )
+    known = ("--only", "ablation", "--done", tmp_path / "gpu_day.jsonl")
+    again = gpu_day("--data", parquet, "--out", tmp_path / "again", *known)
     assert again.returncode == 0, again.stderr[-3000:]
     assert [row for row in rows(tmp_path / "again") if row.get("bench")] == []
     pairs = [[row for row in rows(folder) if "question" in row] for folder in (tmp_path, tmp_path / "again")]
     assert pairs[0] == pairs[1]
 
 
+OTHER_PARTS = """
+import subprocess, sys, types
+import gpu_day, gpu_parts
+
+def broken(place):
+    raise ValueError("no such thing")
+
+def hang(place):
+    child = subprocess.Popen(["sleep", "1000"])
+    place.say(started=child.pid)
+    child.wait()
+
+sys.modules["gpu_parts.own"] = types.SimpleNamespace(broken=broken, hang=hang, good=lambda place: place.say(value=7))
+gpu_day.GRACE = 1.0
+gpu_day.PARTS = {name: gpu_parts.Part("", f"own.{name}", 60, seconds) for name, seconds in
+                 {"broken": 60, "hang": 5, "good": 60}.items()}
+sys.exit(gpu_day.main())
+"""
+
+
 def test_a_part_that_fails_or_hangs_ends_no_other(tmp_path):
-    """Three parts in place of the command's own."""
-    script = tmp_path / "gpu_day.py"
-    text = (ROOT / "tests" / "gpu_day.py").read_text()
-    text = text.replace("HERE = Path(__file__).resolve().parent\n", f"HERE = Path({str(ROOT / 'tests')!r})\n")
-    parts = (
-        "def _hang(place):\n    place.say(begun=1)\n    import subprocess, sys\n"
-        "    subprocess.run([sys.executable, '-c', f'import time; time.sleep(1); open({str(place.out / \"late\")!r}, "
-        '"w")\\nwhile True: time.sleep(1)\'])\n\n\n'
-        "class _Of(Part):\n    def load(self):\n        return globals()[self.where]\n\n\n"
-        "def _broken(place):\n    raise ValueError('no such thing')\n\n\ndef _good(place):\n    place.say(value=7)\n\n\n"
-        "GRACE = 1.0\nPARTS = {'broken': _Of('', '_broken', 9), 'hang': _Of('', '_hang', 9, 5), "
-        "'good': _Of('', '_good', 9, 9)}\n\n\nif __name__"
-    )
-    script.write_text(text.replace("if __name__", parts))
-    done = gpu_day("--out", tmp_path / "out", script=script)
+    """Nothing that a killed part started lives on."""
+    (tmp_path / "other.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n{OTHER_PARTS}")
+    done = gpu_day("--out", tmp_path / "out", script=tmp_path / "other.py")
     found = rows(tmp_path / "out")
-    status = [(row["part"], row["status"].split(":")[0]) for row in found if "status" in row]
+    status = [(row["part"], row["status"]) for row in found if "status" in row]
     assert status == [
-        *(("broken", "failed"), ("hang", "killed after its 5 s"), ("good", "done")),
-        ("all", "failed"),
+        *(("broken", "failed"), ("hang", "killed after its 5 s"), ("good", "done"), ("all", "failed: broken, hang")),
     ], (found, done.stderr)
     assert "no such thing" in next(row["error"] for row in found if "error" in row)
-    assert {"part": "good", "value": 7} in found and {"part": "hang", "begun": 1} in found
-    assert done.returncode == 1
+    assert {"part": "good", "value": 7} in found and done.returncode == 1
+    child = next(row["started"] for row in found if "started" in row)
+    state = Path(f"/proc/{child}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"

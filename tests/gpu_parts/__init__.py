@@ -61,8 +61,8 @@ PARTS = {
     "speed": Part("time and memory beside plain, SE, ECA and CBAM, in turn", "speed.speed", 330),
     "loop": Part("finetune with AMP; killed and resumed, how far off", "loop.loop", 150),
     "processes": Part("finetune under DDP and FSDP2", "loop.processes", 150),
-    "ablation": Part("every variant of the ablation, eight seeds", "evidence.ablation", 560),
-    "claims": Part("every variant of the bench of claims, eight seeds", "evidence.claims", 560),
+    "ablation": Part("every variant of the ablation, eight seeds", "ablation.ablation", 560),
+    "claims": Part("every variant of the bench of claims, eight seeds", "claims.claims", 560),
     "resnet20": Part("resnet20_cbam2 on CIFAR-10, as long as its limit allows", "long.resnet20", 540),
     "resnet56": Part("resnet56_cbam2 likewise", "long.resnet56", 540),
 }

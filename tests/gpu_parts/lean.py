@@ -4,7 +4,7 @@ Images stay on the GPU as bytes and are cropped and mirrored there; the networks
 side by side, and on a GPU one CUDA graph holds the forward and backward passes of all of them, each on its own stream.
 Optimizer, schedule, loss and what may be frozen are those of `timm-cbam2 finetune`, and so is the augmentation; order
 and crops come from other random numbers, and the last, smaller batch of an epoch is left out. So results are equal to
-those of finetune in distribution only: `evidence.ablation` says whether the accuracies agree within their intervals.
+those of finetune in distribution only: the part `ablation` says whether the accuracies agree within their intervals.
 """
 
 from __future__ import annotations

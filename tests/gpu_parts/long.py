@@ -12,7 +12,7 @@ import timm_cbam2
 from timm_cbam2.data.loading import data_config
 
 from . import Place
-from .evidence import PAD, settings_of
+from .ablation import PAD, settings_of
 from .lean import Crops, Fleet
 from .pictures import CLASSES, cifar
 

@@ -35,7 +35,7 @@ def _environment(place: Place) -> dict[str, str]:
 
 
 def _finetune(place: Place, folder: Path, *more: str) -> list[str]:
-    words = ["finetune", "--model", "resnet20_cbam2", "--no-pretrained", "--epochs", "3", "--workers", "0"]
+    words = ["finetune", "--model", "resnet20_cbam2", "--no-pretrained", "--epochs", "2", "--workers", "0"]
     if place.quick:
         words += ["--data", _few(place), "--img-size", "8", "--batch-size", "16", "--save-every", "1 step"]
     else:

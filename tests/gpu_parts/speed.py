@@ -37,7 +37,7 @@ def box(place: Place) -> None:
 def speed(place: Place) -> None:
     """Medians over rounds; one row a variant, as soon as a network in a precision is measured."""
     if place.quick:
-        jobs = [("test_resnet_cbam2", "bf16", True)]
+        jobs = [("test_resnet_cbam2", "bf16", False), ("test_convnext_cbam2", "fp16", False)]
         size = dict(batch_size=2, img_size=32)
     else:
         models = ("resnet50_cbam2", "convnext_tiny_cbam2")
@@ -51,7 +51,7 @@ def speed(place: Place) -> None:
                 place.say(left=[model, dtype, "compiled" if compiled else "eager"])
                 continue
             setup = Setup(model, dtype=dtype, device=place.device, **size)
-            _measure(place, setup, training, (*EAGER[:1], *COMPILED) if compiled and not place.quick else EAGER)
+            _measure(place, setup, training, (*EAGER[:1], *COMPILED) if compiled else EAGER)
 
 
 def _measure(place: Place, setup: Setup, training: bool, names: tuple[str, ...]) -> None:

@@ -155,7 +155,7 @@ def benchmark(
     img_size: Annotated[str | None, typer.Option(help="Side in pixels, or several: 128,224. [the model's own]")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds; each runs every variant once.")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. [torch's own choice]")] = None,
-    dtype: Annotated[str, typer.Option(help="fp32, or bf16 by autocast.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="fp32, or bf16 or fp16 by autocast.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     inference: Annotated[bool, typer.Option(help="Measure inference.")] = True,
     train: Annotated[bool, typer.Option(help="Measure a forward and backward pass.")] = True,

@@ -19,7 +19,7 @@ from ...kernels.cpu import cpu_kernel
 
 __all__ = ["DTYPES", "Setup", "VARIANTS", "Variant", "build", "macs", "make_step", "randomise", "variants_of"]
 
-DTYPES = {"fp32": None, "bf16": torch.bfloat16}  # what autocast runs in, None for no autocast
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}  # what autocast runs in, None for no autocast
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,10 @@
-"""The ablation and the bench of claims on a GPU, with more seeds than a CPU affords, by the loop of lean.py."""
+"""The ablation on a GPU, with more seeds than a CPU affords, by the loop of lean.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import time
-from typing import Any, Callable, Iterator
+from typing import Any, Iterator
 
 import timm
 import torch
@@ -23,7 +22,7 @@ from . import Place
 from .lean import Crops, Fleet, Pictures
 from .pictures import cifar
 
-__all__ = ["ablation", "claims", "settings_of"]
+__all__ = ["SEEDS", "ablation", "known", "settings_of"]
 
 SEEDS = list(range(8))
 QUESTIONS = ("controls", "parts", "sgd", "further", "position", "convnext")  # the first is asked first
@@ -43,7 +42,7 @@ def settings_of(place: Place, options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _known(place: Place, **key: Any) -> dict[str, Any] | None:
+def known(place: Place, **key: Any) -> dict[str, Any] | None:
     """The row of a training that was made before, on the same kind of device."""
     wanted = {**key, "device": place.device, "quick": place.quick}
     return next((row for row in place.earlier if all(row.get(k) == v for k, v in wanted.items())), None)
@@ -58,9 +57,9 @@ def ablation(place: Place) -> None:
     found: dict[str, list[float]] = {}
     longest = 0.0
     for variant in _variants(grid, place):
-        known = _known(place, bench="ablation", variant=variant, seeds=seeds)
-        if known is not None:
-            found[variant] = known["accuracies"]
+        row = known(place, bench="ablation", variant=variant, seeds=seeds)
+        if row is not None:
+            found[variant] = row["accuracies"]
             if variant != "plain" or not _needs_plain(place, grid, seeds):
                 continue
         if place.left < 1.2 * longest + 5:
@@ -108,7 +107,7 @@ def _variants(grid: Grid, place: Place) -> Iterator[str]:
 def _needs_plain(place: Place, grid: Grid, seeds: list[int]) -> bool:
     """Whether a training that starts from the plain networks' weights is still to be made."""
     starting = [v for v in _variants(grid, place) if grid.starts[v]]
-    return any(_known(place, bench="ablation", variant=v, seeds=seeds) is None for v in starting)
+    return any(known(place, bench="ablation", variant=v, seeds=seeds) is None for v in starting)
 
 
 def _fleet(
@@ -184,68 +183,3 @@ def _agrees(place: Place, found: dict[str, list[float]]) -> None:
                 here=round(here, 3),
                 ok=abs(here - cpu.mean) <= cpu.half,
             )
-
-
-def claims(place: Place) -> str | None:
-    """The bench of claims: tasks whose answer is known, every variant, and what its masks and routers do."""
-    if importlib.util.find_spec("timm_cbam2.evidence.claims") is None:
-        return "this checkout has no bench of claims"
-    from timm_cbam2.evidence.claims import measures, networks, training, variants
-
-    tasks = ("clutter",) if place.quick else ("clutter", "scale", "light", "position")
-    names = list(variants.VARIANTS)
-    main = ["plain", "se", "cbam", "cbam2", *(n for n in names if n.startswith("cbam2-")), "eca"]
-    names = ["plain", "cbam2"] if place.quick else [*main, *(n for n in names if n not in main)]
-    seeds = SEEDS[:2] if place.quick else SEEDS
-    count, held = (128, 64) if place.quick else (8000, 4000)
-    longest = 0.0
-    for name in names:
-        for task in tasks:
-            if _known(place, bench="claims", task=task, variant=name, seeds=seeds):
-                continue
-            if place.left < 1.2 * longest + 5:
-                place.say(left=[task, name])
-                continue
-            start = time.monotonic()
-            row = _claim(place, task, name, seeds, (count, held), measures.measure, networks.build, training)
-            longest = max(longest, time.monotonic() - start)
-            key = dict(bench="claims", task=task, variant=name, seeds=seeds, device=place.device, quick=place.quick)
-            place.say(**key, **row, seconds=round(time.monotonic() - start, 1))
-    return None
-
-
-def _claim(
-    place: Place,
-    task: str,
-    variant: str,
-    seeds: list[int],
-    counts: tuple[int, int],
-    measure: Callable[..., dict[str, Any]],
-    build: Callable[..., nn.Module],
-    training: Any,
-) -> dict[str, Any]:
-    """Train one variant by every seed; accuracies, and what the bench measures of each network on 1,000 images."""
-    from timm_cbam2.evidence.claims.variants import VARIANTS
-
-    from timm_cbam2.data.tasks import make
-
-    made, val = make(task, "train", counts[0]), make(task, "val", counts[1])
-    few = make(task, "val", min(1000, counts[1]))
-
-    def pictures(samples: Any) -> Pictures:
-        pixels = torch.from_numpy(samples.images)[:, None]
-        labels = torch.from_numpy(samples.labels)
-        return Pictures(pixels, labels, (training.MEAN,), (training.STD,)).to(place.device)
-
-    recipe = {**training.RECIPES["adamw"], **VARIANTS[variant].get("recipe", {}), "epochs": 8, "batch_size": 32}
-    settings = settings_of(place, {**recipe, "warmup_epochs": 1.0, "mixed_precision": "bf16"})
-    fleet = Fleet(
-        [build(variant, 1, seed).to(place.device) for seed in seeds],
-        seeds,
-        settings,
-        pictures(made),
-        Crops(training.SHIFT, "replicate", mirror=False),
-    )
-    fleet.train_all()
-    accuracies = fleet.accuracies(pictures(val))
-    return {"accuracies": accuracies, "measured": [measure(network.cpu(), few) for network in fleet.networks]}
