@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-import timm_cbam2
+from timm_cbam2.hub.zoo import load
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,7 +69,7 @@ def test_every_part_on_the_cpu(parquet, tmp_path):
     assert [row["start"] for row in claims] == [1, 0] and all("worth" in row for row in claims)
     for name in ("resnet20_cbam2", "resnet56_cbam2"):
         folder = tmp_path / f"{name}.cifar10"
-        model = timm_cbam2.hub.zoo.load(str(folder))  # opens as any model folder
+        model = load(str(folder))  # opens as any model folder
         assert model.num_classes == 10 and load_file(folder / "model.safetensors").keys() == model.state_dict().keys()
 
     # Trainings that are known are not made again.

@@ -177,7 +177,7 @@ def test_mistakes(refused, tmp_path):
 
     refuse("resnet50", says=("resnet50", "did you mean resnet50_cbam2"))
     refuse("resnet5O_cbam2", says=("resnet5O_cbam2", "resnet50_cbam2"))
-    refuse("--dtype", "fp8", says=("--dtype fp8", "fp32, bf16 or fp16"))
+    refuse("--dtype", "fp8", says=("--dtype fp8", "fp32 or bf16 or fp16"))
     refuse("--device", "tpu", says=("--device tpu", "cpu or cuda"))
     refuse("--img-size", "2x", says=("--img-size 2x", "128,224"))
     refuse("--no-train", "--no-inference", says=("--no-train", "nothing to measure"))
