@@ -1,8 +1,10 @@
 """A stream interrupted in the middle of an epoch goes on at the very image; a signal is heard while it is measured."""
 
+import io
 import json
 import pickle
 import signal
+import tarfile
 import time
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from timm_cbam2.data import stream
+from timm_cbam2.data import shards, stream
 from timm_cbam2.data.reading import read_image
 from timm_cbam2.data.sources import images_of_run
 
@@ -21,19 +23,32 @@ pytest.importorskip("torchdata")
 
 @pytest.fixture(scope="module")
 def write_shards(tmp_path_factory):
-    """`write_shards(train=[n, …], validation=[n, …])`: parquet files of grey images, by their number."""
+    """`write_shards(train=[n, …], validation=[n, …], tar=False)`: shards of grey images, by their number."""
 
-    def write(**splits):
+    def write_tar(path, values):
+        with tarfile.open(path, "w") as shard:
+            for value in values:
+                file = io.BytesIO()
+                Image.fromarray(np.full((8, 8, 3), value % 256, np.uint8)).save(file, "PNG")
+                for end, content in (("png", file.getvalue()), ("cls", str(value % 3).encode())):
+                    member = tarfile.TarInfo(f"{value:06}.{end}")
+                    member.size = len(content)
+                    shard.addfile(member, io.BytesIO(content))
+
+    def write(tar=False, **splits):
         folder = tmp_path_factory.mktemp("stream")
         kind = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
         for split, sizes in splits.items():
             start = 0
             for number, size in enumerate(sizes):
                 values = range(start, start + size)
+                start += size
+                if tar:
+                    write_tar(folder / f"{split}-{number:05}.tar", values)
+                    continue
                 images = [Image.fromarray(np.full((8, 8, 3), value % 256, np.uint8)) for value in values]
                 part = {"image": images, "label": [value % 3 for value in values]}
                 datasets.Dataset.from_dict(part, features=kind).to_parquet(folder / f"{split}-{number}.parquet")
-                start += size
         return folder
 
     return write
@@ -51,7 +66,7 @@ def numbers(batches):
 def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, workers):
     """Interrupted after any batch, the rest of the epoch and the next one are what they would have been."""
     monkeypatch.setattr(stream, "SHUFFLE_BUFFER", 12)  # several blocks in each share
-    folders = [write_shards(train=[40] * 4, validation=[3]), write_shards(train=[40] * 4)]
+    folders = [write_shards(train=[40] * 4, validation=[3], tar=processes > 1), write_shards(train=[40] * 4)]
     for folder in folders[:1] if workers else folders:  # starting the workers takes its time
         splits = stream.find_stream(str(folder), None, None, "0.25").splits  # without a val split, filtered
         samples, total, size = splits["train"], 160, 5
@@ -121,10 +136,10 @@ def rows(folder):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in lines]
 
 
-@pytest.mark.parametrize("processes, workers", [(1, 1), (2, 0)])
+@pytest.mark.parametrize("processes, workers", [(1, 1), (2, 0)])  # parquet files for one, tar files for two
 def test_killed_in_the_middle_of_an_epoch(start, start_group, refused, write_shards, tmp_path, processes, workers):
     """The metrics and the weights at the end are those of a run that nothing interrupted."""
-    data = write_shards(train=[14 * processes] * 2, validation=[5])
+    data = write_shards(train=[14 * processes] * 2, validation=[5], tar=processes > 1)
     args = ("finetune", "--data", data, *ARGS, "--batch-size", "4", "--workers", workers, "--epochs", "2")
     args += ("--model-kwargs", "drop_path_rate=0.2", "--augment", "standard", "--resume", "auto")
     whole = (*args, "--save-every", "never", "--output", tmp_path / "whole")
@@ -183,3 +198,23 @@ def test_a_row_without_a_label(refused, tmp_path):
 def test_a_share_too_small_for_a_batch(refused, write_shards, tmp_path):
     data = write_shards(train=[8], validation=[4])
     refused("finetune", "--data", data, *ARGS, "--output", tmp_path / "run", words=("no batch of 32", "--batch-size"))
+
+
+def test_tar_files(run, refused, write_shards, tmp_path):
+    """Classes and counts come from headers and labels alone, once; a run on them is evaluated as any other."""
+    folder = write_shards(train=[9, 6], validation=[4], tar=True)
+    shard = folder / "train-00000.tar"
+    images = stream.find_stream(str(folder), None, None, "0.2")
+    assert images.classes == ["0", "1", "2"]
+    assert {split: len(samples) for split, samples in images.splits.items()} == {"train": 15, "val": 4}
+    assert shards.labels_in([str(shard)], "cls") == {"0": 3, "1": 3, "2": 3}
+    assert shards.labels_in([str(tmp_path / "elsewhere.tar")], "cls") is None
+    whole = images_of_run(dict(data=str(folder)))
+    assert [len(whole.splits[split]) for split in ("train", "val")] == [15, 4] and whole.classes == images.classes
+    assert np.asarray(read_image(whole.splits["train"].source(3)))[0, 0, 0] == 3
+    result = run(
+        "finetune", "--data", folder, *ARGS, "--batch-size", "4", "--epochs", "1", "--output", tmp_path / "run"
+    )
+    assert result.code == 0 and "15 images to train on, 4 to validate, 3 classes" in result.out, result
+    shard.write_bytes(shard.read_bytes()[:700])
+    refused("finetune", "--data", folder, *ARGS, "--output", tmp_path / "other", words=("train-00000.tar",))

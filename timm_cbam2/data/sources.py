@@ -101,5 +101,6 @@ def check_apart(output: Path, data: str) -> None:
 
 
 def _holds_tables(folder: Path) -> bool:
-    """True for a folder of parquet/arrow files, or one written by `save_to_disk`."""
-    return any(next(folder.glob(pattern), None) for pattern in ("*.parquet", "*.arrow", "*/*.parquet", "*/*.arrow"))
+    """True for a folder of parquet, arrow or tar files, or one written by `save_to_disk`."""
+    kinds = ("parquet", "arrow", "tar")
+    return any(next(folder.glob(f"{where}*.{kind}"), None) for kind in kinds for where in ("", "*/"))

@@ -17,6 +17,7 @@ from .built_in import BUILT_IN
 from .images import SPLITS, Images, Samples, is_held_out, parse_val_split
 from .loading import build_transform, seeded, start_worker
 from .reading import UNREADABLE, read_image
+from .stream_labels import describe
 from .tables import choose_columns
 
 __all__ = ["StreamedImages", "find_stream", "in_turns", "load_place", "make_stream_loader", "place"]
@@ -36,7 +37,7 @@ class StreamSamples(Samples):
 
 
 def find_stream(data: str, image_column: str | None, label_column: str | None, val_split: float | str) -> Images:
-    """Open a folder of parquet files, an image folder or a Hub data set without reading it.
+    """Open a folder of parquet or WebDataset tar files, an image folder or a Hub data set without reading it.
 
     Classes come from the set's own description or, without one, from one pass over its label column. Where there is no
     validation split, some rows are held out, the same in any order and number of processes; how many is estimated.
@@ -49,14 +50,15 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
 
     if data in BUILT_IN:
         raise UserError(
-            f"--streaming: {data} is in memory already; give --data a folder of parquet files or a Hub data set"
+            f"--streaming: {data} is in memory already; give --data a folder of parquet or tar files, or a Hub data set"
         )
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     share, last = parse_val_split(val_split)
     path = Path(data).expanduser()
     try:
         if path.is_file():
-            loaded = datasets.load_dataset("parquet", data_files=str(path), streaming=True)
+            kind = "webdataset" if path.suffix == ".tar" else "parquet"
+            loaded = datasets.load_dataset(kind, data_files=str(path), streaming=True)
         else:
             loaded = datasets.load_dataset(str(path) if path.exists() else data, streaming=True)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -69,10 +71,9 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
     if "train" not in tables:
         raise UserError(f"--data {data} has the splits {', '.join(loaded)}: one must be called train to be streamed")
     columns = choose_columns(data, tables["train"], image_column, label_column)
-    classes, index = _classes(data, tables["train"], columns[1])
+    classes, index, counts = describe(data, tables, columns[1])
     # Undecoded, before anything is filtered: filters decode.
     tables = {split: table.cast_column(columns[0], datasets.Image(decode=False)) for split, table in tables.items()}
-    counts = {split: _count(table, columns[1]) for split, table in tables.items()}
     notes = [f"streamed: files come in another order each epoch, and {SHUFFLE_BUFFER} images at a time are shuffled"]
     if "val" not in tables:
         if last:
@@ -91,28 +92,6 @@ def _content(row: dict[str, Any], column: str) -> Any:
     """What PIL can open."""
     image = row[column] or {}
     return image.get("bytes") or image.get("path") or b""
-
-
-def _classes(data: str, table: Any, column: str) -> tuple[list[str], dict[Any, int]]:
-    from datasets import ClassLabel
-
-    kind = (table.features or {}).get(column)
-    if isinstance(kind, ClassLabel):
-        return list(kind.names), {i: i for i in range(len(kind.names))}
-    if hasattr(kind, "feature"):
-        raise UserError(f"{data}: column '{column}' holds several labels, and --streaming takes one: leave it out")
-    seen = sorted({row[column] for row in table.select_columns(column)}, key=lambda v: (str(type(v)), v))
-    if any(not isinstance(value, (int, str)) for value in seen):
-        raise UserError(f"{data}: column '{column}' holds {seen[0]!r}, which names no class")
-    return [str(value) for value in seen], {value: i for i, value in enumerate(seen)}
-
-
-def _count(table: Any, column: str) -> int:
-    """Rows of a split, as its description says or, without one, counted over the label column alone."""
-    splits = table.info.splits or {}
-    if str(table.split) in splits and splits[str(table.split)].num_examples:
-        return splits[str(table.split)].num_examples
-    return sum(1 for _ in table.select_columns(column))
 
 
 class StreamedImages(IterableDataset):

@@ -122,9 +122,11 @@ def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
             loaded = datasets.load_dataset("parquet", data_files=str(path))
         elif path.is_file() and path.suffix == ".arrow":
             loaded = datasets.Dataset.from_file(str(path))
+        elif path.is_file() and path.suffix == ".tar":
+            loaded = datasets.load_dataset("webdataset", data_files=str(path))
         elif path.is_file():
             raise UserError(
-                f"--data {data} is a {path.suffix or 'plain'} file: give a folder, or a .parquet/.arrow file"
+                f"--data {data} is a {path.suffix or 'plain'} file: give a folder, or a .parquet, .arrow or .tar file"
             )
         elif (path / "dataset_dict.json").exists() or (path / "dataset_info.json").exists():
             loaded = datasets.load_from_disk(str(path))
