@@ -73,7 +73,9 @@ def choose_label_column(data: str, columns: Sequence[str], asked: str | None, ty
         if asked not in columns:
             raise UserError(f"--label-column {asked}: {data} has the columns {', '.join(columns)}")
         return asked
-    named = [n for n in columns if n.lower() in ("label", "labels", "class", "cls", "target", "category", "tags", "classes")]
+    named = [
+        n for n in columns if n.lower() in ("label", "labels", "class", "cls", "target", "category", "tags", "classes")
+    ]
     found = list(typed) or named or (list(columns) if len(columns) == 1 else [])
     if len(found) != 1:
         raise UserError(
