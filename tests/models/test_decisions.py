@@ -9,9 +9,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from randomise import randomise
+from timm.utils import ModelEmaV3
 
-from timm_cbam2 import Cbam2, SpatialAttn, record_attention
-from timm_cbam2.models.decisions_cbam2 import statistics_kept
+from timm_cbam2 import Cbam2, SpatialAttn, record_attention, resolve_options
+from timm_cbam2.models.decisions_cbam2 import DecisionNorm, statistics_kept
+from timm_cbam2.training.optimise import freeze, keep_frozen
 
 OPTIONS = [
     dict(center_spatial=True),
@@ -152,8 +154,43 @@ def test_statistics():
     assert half.channel.norm.running_mean.dtype == torch.bfloat16 and half.channel.norm.running_mean.abs().sum() > 0
 
 
-def test_a_network_with_all_of_them(tmp_path):
-    options = dict(router_pool="none", router_norm=True, squeeze_norm=True, learned_maps=2, center_spatial=True)
+ALL = dict(router_pool="none", router_norm=True, squeeze_norm=True, learned_maps=2, center_spatial=True)
+
+
+def test_norms_follow_the_rules_of_training():
+    """Frozen ones keep their statistics, SyncBN takes their place under the same keys, an average takes them along."""
+    network = timm.create_model("test_resnet_cbam2", num_classes=3, cbam2=ALL)
+    norms = [m for m in network.modules() if isinstance(m, DecisionNorm)]
+    blocks = sum(isinstance(m, Cbam2) for m in network.modules())
+    assert len(norms) == 4 * blocks > 0
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)  # timm's zeros would give attention nothing to see
+    x = torch.randn(4, 3, 32, 32)
+    freeze(network, "head")
+    network.train()
+    keep_frozen(network)
+    network(x)
+    assert all(not m.training and not m.running_mean.any() for m in norms)
+    for parameter in network.parameters():
+        parameter.requires_grad_(True)
+    average = ModelEmaV3(network, decay=0.5)
+    network.train()(x)
+    assert all(m.running_mean.any() for m in norms)
+    average.update(network)
+    own, averaged = network.state_dict(), average.module.state_dict()
+    name = "layer1.0.se.channel.norm.running_mean"
+    torch.testing.assert_close(averaged[name], own[name] / 2)
+    assert nn.SyncBatchNorm.convert_sync_batchnorm(network).state_dict().keys() == own.keys()
+
+
+def test_absent_means_off():
+    off = dict(center_spatial=False, squeeze_norm=False, router_norm=False, learned_maps=0, router_pool="avg")
+    assert {name: resolve_options({})[name] for name in off} == off
+
+
+def test_a_network_with_all_of_them():
+    options = ALL
     network = timm.create_model("test_resnet_cbam2", num_classes=3, cbam2=options)
     plain = timm.create_model("test_resnet", num_classes=3)
     assert not plain.load_state_dict({k: v for k, v in network.state_dict().items() if ".se." not in k}).missing_keys
