@@ -16,6 +16,8 @@ from typing import Any, Callable, Mapping, NoReturn, Sequence
 import typer
 from typer.core import TyperCommand
 
+from .terminal import visible
+
 __all__ = ["Stopped", "UserError", "command_line", "one_line", "parse_pairs", "require", "run_commands"]
 
 PROGRAM = "timm-cbam2"
@@ -39,7 +41,7 @@ def one_line(error: object, limit: int = 600) -> str:
     text = str(error).strip()
     if text.startswith("Caught "):  # raised in a DataLoader worker: torch puts the worker's traceback in the message
         text = text.splitlines()[-1].partition(": ")[2]
-    text = " ".join(text.split()) or type(error).__name__
+    text = visible(" ".join(text.split())) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -194,6 +196,7 @@ def run_commands(*functions: Callable[..., Any], help: str | None = None) -> NoR
     except _ClickException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else PROGRAM
-        print(f"{PROGRAM}: {one_line(error.format_message())}{_given(error)} (see: {where} --help)", file=sys.stderr)
+        text = f"{PROGRAM}: {one_line(error.format_message())}{visible(_given(error))} (see: {where} --help)"
+        print(text, file=sys.stderr)
         code = error.exit_code
     sys.exit(code or 0)

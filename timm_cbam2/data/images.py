@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 import re
 import warnings
@@ -194,7 +195,7 @@ def is_held_out(source: str | bytes, share: float) -> bool:
         source: what PIL can open.
         share: of the images that are held out, on average.
     """
-    content = source if isinstance(source, bytes) else "/".join(Path(source).parts[-2:]).encode()
+    content = source if isinstance(source, bytes) else os.fsencode("/".join(Path(source).parts[-2:]))
     return zlib.crc32(content) < share * 2**32
 
 

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UserError
 from ..models.configuration_cbam2 import HEAD, Cbam2Config, architectures
+from ..terminal import say
 
 __all__ = ["config_texts", "configs"]
 
@@ -35,7 +36,7 @@ def configs(
     if check:
         if old or extra:
             raise UserError(f"{folder}: run `timm-cbam2 configs`; old: {', '.join(old + extra)[:300]}")
-        print(f"{folder}: {len(texts)} files are current")
+        say(f"{folder}: {len(texts)} files are current")
         return
     try:
         for name in old:
@@ -43,7 +44,7 @@ def configs(
             (folder / name / "config.json").write_text(texts[name], encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): give another folder") from error
-    print(f"{folder}: {len(texts)} files, {len(old)} of them new or changed")
+    say(f"{folder}: {len(texts)} files, {len(old)} of them new or changed")
 
 
 def _is_current(path: Path, text: str) -> bool:

@@ -17,6 +17,7 @@ from torch.jit.frontend import FrontendError
 
 from ..data.loading import data_config
 from ..errors import UserError, one_line, require
+from ..terminal import say
 from .zoo import load, pretrained_tags, resolve, whole_name
 
 __all__ = ["export", "export_onnx", "export_pt2", "export_torchscript"]
@@ -207,5 +208,5 @@ def export(
         if wanted:
             path = output / f"{name}{suffix}"
             done[str(path)] = write(network, path, size)
-            print(f"{path}: images (batch, {size[0]}, height, width), the largest difference is {done[str(path)]:.2g}")
+            say(f"{path}: images (batch, {size[0]}, height, width), the largest difference is {done[str(path)]:.2g}")
     return done

@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, one_line
 from ..models.configuration_cbam2 import architectures
+from ..terminal import say
 from .card import card, is_generated
 from .folder import check_folder, expected_shapes, model_code, read_config, whole, with_auto_map
 
@@ -66,11 +67,11 @@ def push(
 
         parts.append(("space", space, space_operations(space, folder, repo_id)))
     for kind, name, operations in parts:
-        print(f"{kind} {name}{f' ({revision})' if revision else ''}{', private' if private else ''}:")
+        say(f"{kind} {name}{f' ({revision})' if revision else ''}{', private' if private else ''}:")
         for operation in operations:
-            print(f"  {operation.upload_info.size:>12,} bytes  {operation.path_in_repo}")
+            say(f"  {operation.upload_info.size:>12,} bytes  {operation.path_in_repo}")
     if dry_run:
-        print("dry run: nothing was sent")
+        say("dry run: nothing was sent")
         return
     _check_token()
     for kind, name, operations in parts:
@@ -116,10 +117,10 @@ def _send(kind: str, name: str, operations: list[CommitOperationAdd], target: _T
             create_pr=target.create_pr,
             repo_type=kind,
         )
-    print(f"done: {done.pr_url or done.commit_url}")
+    say(f"done: {done.pr_url or done.commit_url}")
     if kind == "model" and not target.create_pr:
         at = f"@{target.revision}" if target.revision else ""
-        print(f'next:\n  timm.create_model("hf-hub:{name}{at}", pretrained=True)')
+        say("next:", f'  timm.create_model("hf-hub:{name}{at}", pretrained=True)')
 
 
 def pull(
@@ -152,7 +153,7 @@ def pull(
                 check_folder(temporary)
             except ValueError as error:
                 raise UserError(f"{repo_id}: {one_line(error).replace(str(temporary) + '/', '')}") from error
-    print(f'{folder}: {", ".join(wanted)}\nnext:\n  timm.create_model("local-dir:{folder}", pretrained=True)')
+    say(f"{folder}: {', '.join(wanted)}", "next:", f'  timm.create_model("local-dir:{folder}", pretrained=True)')
 
 
 def _check_repo_id(repo_id: str) -> None:

@@ -24,6 +24,7 @@ from ..errors import UserError, one_line
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
 from ..models.saved_cbam2 import overlay_of_folder
 from ..models.weights_cbam2 import WARM_START
+from ..terminal import say
 from .inserted import INSERTED
 from .run_folder import read_settings
 
@@ -286,8 +287,8 @@ def models(
     count = weights = 0
     for row in table(pattern):
         if not count:
-            print(f"{'model':<{width}}  parameters  pretrained=True loads")
+            say(f"{'model':<{width}}  parameters  pretrained=True loads")
         count, weights = count + 1, weights + len(row.tags)
         tags = f": {', '.join(row.tags)}" if row.tags else ""
-        print(f"{row.name:<{width}}  {row.parameters / 1e6:8.2f} M  {row.pretrained}{tags}", flush=True)
-    print(f"{count} models, {weights} sets of weights; the first tag is the default")
+        say(f"{row.name:<{width}}  {row.parameters / 1e6:8.2f} M  {row.pretrained}{tags}")
+    say(f"{count} models, {weights} sets of weights; the first tag is the default")

@@ -14,6 +14,7 @@ from ..errors import UserError, one_line, parse_pairs, run_commands
 from ..hub.folder import save
 from ..hub.zoo import class_names
 from ..models.cbam2 import is_cbam2
+from ..terminal import say
 from .insert import insert as put_in
 from .read import WEIGHTS, read_source
 from .start import architecture_of, build, classes_in, fit
@@ -68,15 +69,15 @@ def insert(
         same = torch.equal(before, network(noise))
     save(network, output, label_names=class_names(network), tag="inserted")
     for note in (*notes, *(str(warning.message) for warning in said)):
-        print(f"note: {note}")
+        say(f"note: {note}")
     blocks = sum(is_cbam2(module) for module in network.modules())
     more = sum(p.numel() for p in network.parameters()) - parameters
-    print(
+    say(
         f"{network.pretrained_cfg['architecture']}: {blocks} blocks, {more:,} parameters added to {parameters:,}; "
         + ("outputs equal those before, bit for bit" if same else "outputs differ from those before, as asked")
     )
-    print(f"{output} opens with  timm.create_model({f'local-dir:{output}'!r}, pretrained=True)")
-    print(f"train it with  timm-cbam2 finetune --start-from {output} --data MY_IMAGES")
+    say(f"{output} opens with  timm.create_model({f'local-dir:{output}'!r}, pretrained=True)")
+    say(f"train it with  timm-cbam2 finetune --start-from {output} --data MY_IMAGES")
     return network
 
 

@@ -15,11 +15,12 @@ from timm.models._pretrained import filter_pretrained_cfg
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from .arguments_cbam2 import MAX_CLASSES, check_config, check_pretrained_cfg
 from .cbam2 import resolve_options
 from .convnext_cbam2 import ConvNeXtCbam2
 from .resnet_cbam2 import ResNetCbam2
 from .saved_cbam2 import write_config
-from .weights_cbam2 import MAX_CLASSES, WARM_START
+from .weights_cbam2 import WARM_START
 
 __all__ = ["Cbam2Config", "architectures", "entrypoint"]
 
@@ -112,6 +113,7 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         default_cfg = _default_cfg(self.architecture)
+        check_pretrained_cfg(self.pretrained_cfg)
         self.pretrained_cfg = _json(dict(self.pretrained_cfg or default_cfg))
         arguments = dict(self.model_args or {})
         arguments.pop("num_classes", None)  # timm 1.0.31 writes it here too
@@ -140,8 +142,10 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         names = kwargs.pop("label_names", None) or (self.pretrained_cfg or {}).get(
             "label_names"
         )  # timm may leave them there
-        if isinstance(names, dict):
+        if isinstance(names, dict) and all(str(key).isdecimal() for key in names):
             names = [names[key] for key in sorted(names, key=int)]
+        if names and not (isinstance(names, (list, tuple)) and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"label_names={str(names)[:80]} is not allowed; give a list of texts.")
         if in_file is not None:
             _checked_count(in_file)
         named = getattr(self, "id2label", None)
@@ -196,6 +200,16 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         """timm keeps only the `cbam2` that the caller passed, not what it resolved to."""
         arguments = {**getattr(model, "_model_args", {}), "cbam2": dict(getattr(model, "cbam2_options", None) or {})}
         return {"model_args": arguments}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', which looks at few of the values.
+
+        Raises:
+            ValueError: Naming the key whose value is not allowed.
+        """
+        check_config(config_dict)
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:

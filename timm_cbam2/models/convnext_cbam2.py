@@ -84,15 +84,9 @@ def _remap(weights: Weights, model: nn.Module) -> Weights:
     return weights if "stem.0.weight" in weights else checkpoint_filter_fn(weights, model)
 
 
-def _create_convnext_cbam2(variant: str, pretrained: bool = False, **kwargs: Any) -> ConvNeXtCbam2:
-    return build_twin(
-        ConvNeXtCbam2,
-        f"{variant}_cbam2",
-        pretrained,
-        remap=_remap,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
-        **kwargs,
-    )
+def _create_convnext_cbam2(variant: str, /, pretrained: bool = False, **kwargs: Any) -> ConvNeXtCbam2:
+    arguments = {"feature_cfg": dict(out_indices=(0, 1, 2, 3), flatten_sequential=True), **kwargs}
+    return build_twin(ConvNeXtCbam2, f"{variant}_cbam2", pretrained, _remap, **arguments)
 
 
 _twins = {twin.__name__: twin for twin in twin_entrypoints(timm_convnext, "_create_convnext", _create_convnext_cbam2)}

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 
+from .arguments_cbam2 import naming
 from .cbam2 import CbamAttention, is_cbam2, record_attention
 from .configuration_cbam2 import Cbam2Config, entrypoint
 from .weights_cbam2 import require_safetensors
@@ -35,7 +36,8 @@ class Cbam2PreTrainedModel(PreTrainedModel):
     def _build(self, num_classes: int) -> None:
         config = self.config
         arguments = dict(config.model_args or {})
-        self.timm_model = entrypoint(config.architecture)(pretrained=False, num_classes=num_classes, **arguments)
+        with naming(config.architecture, config.model_args):
+            self.timm_model = entrypoint(config.architecture)(pretrained=False, num_classes=num_classes, **arguments)
         self.timm_model._model_args = arguments  # as timm's factory does, for its own save
         cfg = self.timm_model.pretrained_cfg
         cfg.update(config.pretrained_cfg, architecture=config.architecture, num_classes=num_classes)

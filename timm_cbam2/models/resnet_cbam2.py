@@ -17,6 +17,7 @@ from timm.models import resnet as timm_resnet
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
+from .arguments_cbam2 import refuse_fixed
 from .cbam2 import Cbam2, resolve_options
 from .residual_cbam2 import BasicBlockCbam2, BottleneckCbam2
 from .twins_cbam2 import (
@@ -151,21 +152,22 @@ class CifarResNetCbam2(_AttentionSlot, CifarResNet):
     """A CIFAR ResNet with a CBAM2 block after the last norm of every residual branch."""
 
 
-def _create_resnet_cbam2(variant: str, pretrained: bool = False, **kwargs: Any) -> ResNetCbam2:
+def _create_resnet_cbam2(variant: str, /, pretrained: bool = False, **kwargs: Any) -> ResNetCbam2:
     return build_twin(ResNetCbam2, f"{variant}_cbam2", pretrained, **kwargs)
 
 
-def _create_cifar(variant: str, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+def _create_cifar(variant: str, /, pretrained: bool = False, **kwargs: Any) -> CifarResNet:
+    refuse_fixed(variant, kwargs, "block", "layers", "channels", "stem_type", "stem_width")
     depth = CIFAR_DEPTHS[variant.removesuffix("_cbam2")]
     arguments = dict(
         block=BasicBlock,
         layers=(depth,) * CIFAR_STAGES,
         channels=(16, 32, 64),
-        feature_cfg=dict(out_indices=(0, 1, 2, 3)),
+        **{"feature_cfg": dict(out_indices=(0, 1, 2, 3)), **kwargs},
     )
     if variant.endswith("_cbam2"):
-        return build_twin(CifarResNetCbam2, variant, pretrained, **arguments, **kwargs)
-    return build_model_with_cfg(CifarResNet, variant, pretrained, **arguments, **kwargs)
+        return build_twin(CifarResNetCbam2, variant, pretrained, **arguments)
+    return build_model_with_cfg(CifarResNet, variant, pretrained, **arguments)
 
 
 def _cifar_entrypoint(name: str):

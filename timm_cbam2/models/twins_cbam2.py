@@ -3,7 +3,7 @@
 import dataclasses
 from collections import deque
 from types import FunctionType, ModuleType
-from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Set
+from typing import Any, Callable, Dict, Iterable, Iterator, Mapping, Optional, Set, Type
 from urllib.error import URLError
 
 import torch.nn as nn
@@ -17,6 +17,7 @@ from timm.models import build_model_with_cfg, is_model, list_models, register_mo
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._pretrained import DefaultCfg
 
+from .arguments_cbam2 import check_arguments, check_pretrained_cfg, naming
 from .cbam2 import Cbam2
 from .saved_cbam2 import remembering
 from .weights_cbam2 import WARM_START, Weights, check_source, check_weights, needs_attention
@@ -115,10 +116,11 @@ def register_once(module: ModuleType, entrypoints: Iterable[Callable]) -> None:
 
 
 def build_twin(
-    model_cls: Callable[..., nn.Module],
+    model_cls: Type[nn.Module],
     variant: str,
     pretrained: bool = False,
     remap: Optional[Callable[[Weights, nn.Module], Weights]] = None,
+    /,
     **kwargs: Any,
 ) -> nn.Module:
     """Build a CBAM2 model as timm's `build_model_with_cfg` does, with loading that is strict but for a warm start.
@@ -132,11 +134,19 @@ def build_twin(
 
     Raises:
         ValueError: When weights are missing, unexpected or of another shape; each is named. Also when they are damaged,
-            or a model folder has only a pickle.
+            or a model folder has only a pickle; and when an argument, or a key of a saved configuration, is unknown or
+            not allowed, which is named.
         RuntimeError: When the weights can be reached neither on the Hub nor in its cache.
     """
     given = kwargs.get("pretrained_cfg")
+    check_arguments(model_cls, kwargs)
+    check_pretrained_cfg(given)
+    saved = kwargs.get("pretrained_model_args")
     cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
+
+    def create(**arguments: Any) -> nn.Module:
+        with naming(variant, saved):
+            return model_cls(**arguments)
 
     def check(weights: Weights, model: nn.Module) -> Weights:
         return check_weights(weights, model, remap, needs_attention(given, model.pretrained_cfg.get("tag")))
@@ -144,7 +154,7 @@ def build_twin(
     try:
         if pretrained:
             check_source(given)
-        model = build_model_with_cfg(model_cls, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+        model = build_model_with_cfg(create, variant, pretrained, pretrained_filter_fn=check, **kwargs)
         model.pretrained_cfg["first_conv"] = cfg.first_conv
         return model
     except SafetensorError as error:

@@ -13,7 +13,6 @@ from .cbam2 import Cbam2
 from .saved_cbam2 import OLD_TIMM, input_channels
 
 __all__ = [
-    "MAX_CLASSES",
     "WARM_START",
     "TakesPlainWeights",
     "Weights",
@@ -23,7 +22,6 @@ __all__ = [
     "require_safetensors",
 ]
 
-MAX_CLASSES = 1_000_000
 WARM_START = "from_"  # prefix of the tags whose weights are timm's own
 Weights = Dict[str, torch.Tensor]
 
@@ -165,10 +163,11 @@ def require_safetensors(where: Any, **options: Any) -> None:
 
 
 def check_source(cfg: Any) -> None:
-    """Refuse a model folder or repository from which timm would read a pickle, or that asks for absurd memory."""
+    """Refuse a model folder or repository from which timm would read a pickle."""
     if not isinstance(cfg, Mapping) or cfg.get("source") not in ("hf-hub", "local-dir"):
         return
-    if not 0 <= int(cfg.get("num_classes") or 0) <= MAX_CLASSES:
-        raise ValueError(f"num_classes={cfg['num_classes']} is not allowed; give a number from 0 to {MAX_CLASSES:,}.")
-    repo, _, revision = (cfg.get("hf_hub_id") or "").partition("@")
-    require_safetensors(repo or cfg["file"], revision=revision or None)
+    if cfg["source"] == "local-dir":
+        require_safetensors(cfg["file"])
+        return
+    repo, _, revision = cfg["hf_hub_id"].partition("@")
+    require_safetensors(repo, revision=revision or None)

@@ -17,6 +17,7 @@ from ..data.sources import find_images, images_of_run
 from ..errors import UserError, require
 from ..files import write_whole
 from ..hub.zoo import class_names, load, resolve, run_settings, whole_name
+from ..terminal import say
 from ..training.predictions import predict_all
 from .measured import draw, lines, numbers
 from .views_averaged import TTA_HELP, with_views
@@ -172,12 +173,12 @@ def _writing(folder: Path) -> Iterator[None]:
 
 def _show(result: dict[str, Any], folder: Path, pictures: list[Path], notes: list[str]) -> None:
     for note in notes:
-        print(f"note: {note}")
-    print(f"{result['model']} on {result['data']}, {result['split']} split, {result['images']} images")
+        say(f"note: {note}")
+    say(f"{result['model']} on {result['data']}, {result['split']} split, {result['images']} images")
     told = lines(result)
     if result["tta"]:
         told.insert(2, f"probabilities averaged over views of each image: --tta {result['tta']}")
     if result["bad_images"]:
         told.insert(2, f"{result['bad_images']} unreadable images left out")
-    print("\n".join(f"  {line}" for line in told))
-    print(f"  numbers  {folder / 'evaluation.json'}\n  pictures {', '.join(map(str, pictures))}")
+    say(*(f"  {line}" for line in told))
+    say(f"  numbers  {folder / 'evaluation.json'}", f"  pictures {', '.join(map(str, pictures))}")

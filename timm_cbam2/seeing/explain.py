@@ -22,6 +22,7 @@ from ..errors import UserError, one_line, require
 from ..files import write_whole
 from ..hub.zoo import check_classifier, class_names, load
 from ..models.cbam2 import Cbam2, CbamAttention, record_attention
+from ..terminal import say
 from .attention_picture import draw
 from .health import branch_names
 from .views import BlockView, Explanation
@@ -213,8 +214,8 @@ def _figure(image: Path, picture: Path, explanations: Sequence[Explanation]) -> 
     return FIGURE.format(
         name=escape(image.name),
         answers=escape(" / ".join(answers)),
-        arrays=quote(picture.with_suffix(".npz").name),
-        picture=quote(picture.name),
+        arrays=quote(os.fsencode(picture.with_suffix(".npz").name)),
+        picture=quote(os.fsencode(picture.name)),
     )
 
 
@@ -262,16 +263,16 @@ def explain(
                 for explanation in (e for e in explanations if e.answers):
                     answer, probability = explanation.answers[0]
                     whose = f" says {explanation.model}" if compare is not None else ""
-                    print(f"{path}: {answer} {100 * probability:.1f} %{whose}")
+                    say(f"{path}: {answer} {100 * probability:.1f} %{whose}")
         if len(paths) > 1 and drawn:
             title = escape(" and ".join(explainer.name for explainer in explainers))
             count = "1 image." if len(drawn) == 1 else f"{len(drawn)} images."
             page = INDEX.format(model=title, count=count, figures="\n".join(figures))
             index = _index(output)
-            index.write_text(page, encoding="utf-8")
-            print(f"{len(drawn)} pictures, their arrays and {index} in {output}")
+            index.write_text(page, encoding="utf-8", errors="backslashreplace")
+            say(f"{len(drawn)} pictures, their arrays and {index} in {output}")
         elif drawn:
-            print(f"picture {drawn[0]}, arrays {drawn[0].with_suffix('.npz')}")
+            say(f"picture {drawn[0]}, arrays {drawn[0].with_suffix('.npz')}")
     except OSError as error:
         raise UserError(f"--output {output} cannot be written: {error.strerror or one_line(error, 200)}") from error
     if unread:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..files import write_whole
 from ..hub.run_folder import best_row, score, score_name
+from ..terminal import visible
 
 __all__ = [
     "bars_bytes",
@@ -28,8 +29,8 @@ TRAIN, VAL = "#4477aa", "#cc6644"
 
 
 def plain(text: str) -> str:
-    """`text` for matplotlib to write as it is: a dollar sign would start a formula."""
-    return text.replace("$", r"\$")
+    """`text` for matplotlib to write as it is: a dollar sign would start a formula, a newline another line."""
+    return visible(text).replace("$", r"\$")
 
 
 def figure_bytes(figure: Any) -> bytes:

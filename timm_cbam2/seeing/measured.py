@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..files import write_whole
+from ..terminal import visible
 from ..training.multi_label import MultiPredictions
 from ..training.predictions import Predictions
 from .calibration import accuracy_interval, calibration, macro_f1, reliability_bytes, said
@@ -103,10 +104,10 @@ def _class_lines(per_class: dict[str, dict[str, Any]]) -> list[str]:
     shown = rows[:SHOWN]
     what = "average precision " if key != "accuracy" else ""
     told = [f"{what}per class{', the worst 20' if len(rows) > SHOWN else ''}:"]
-    width = max(len(name) for name, _ in shown)
+    width = max(len(visible(name)) for name, _ in shown)
     for name, row in shown:
         more = f"   precision {100 * row['precision']:6.2f} %   recall {100 * row['recall']:6.2f} %" if what else ""
-        told.append(f"  {name:<{width}}  {100 * row[key]:6.2f} %  of {row['images']}{more}")
+        told.append(f"  {visible(name):<{width}}  {100 * row[key]:6.2f} %  of {row['images']}{more}")
     return told
 
 

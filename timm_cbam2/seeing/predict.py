@@ -16,6 +16,7 @@ from ..data.loading import ImageDataset, data_config, make_loader
 from ..data.reading import UNREADABLE, read_image
 from ..errors import UserError, one_line
 from ..hub.zoo import check_classifier, class_names, load, run_settings
+from ..terminal import say
 from ..training.launch import usable_cpus
 from .predictions_file import check_names, write_features, write_predictions
 from .views_averaged import TTA_HELP, with_views
@@ -72,15 +73,15 @@ def predict(
         best = probabilities.topk(min(top_k, len(names)))
         for index, values, chosen in zip(indices, best.values.tolist(), best.indices.tolist()):
             answers[files[index]] = [(names[i], p) for p, i in zip(values, chosen)]
-            print(f"{files[index]}: {_said(answers[files[index]], threshold if several else 0.0)}", flush=True)
+            say(f"{files[index]}: {_said(answers[files[index]], threshold if several else 0.0)}")
         if output is not None or features is not None:
             read += [files[index] for index in indices]
             found.append(probabilities)
     if read and output is not None:
         of_all = torch.cat(found)
-        print(f"probabilities {write_predictions(output, model, names, read, of_all, threshold if several else None)}")
+        say(f"probabilities {write_predictions(output, model, names, read, of_all, threshold if several else None)}")
     if read and features is not None:
-        print(f"features {write_features(features, read, torch.cat(seen))}")
+        say(f"features {write_features(features, read, torch.cat(seen))}")
     _refuse_unread([file for file, bad in zip(files, dataset.bad.tolist()) if bad], dataset.mode)
     return answers
 

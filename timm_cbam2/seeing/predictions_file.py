@@ -61,7 +61,7 @@ def write_predictions(
             for image, answer, row in zip(images, best, rows)
         ]
         content = json.dumps({"model": model, "classes": list(names), "images": found}, indent=1, ensure_ascii=False)
-    write_whole(path, content.encode())
+    write_whole(path, content.encode(errors="surrogateescape"))  # names may be bytes of no text
     return path
 
 

@@ -17,6 +17,7 @@ from ..errors import UserError, require
 from ..files import duration, write_whole
 from ..hub.run_folder import best_row, read_metrics, score, score_name
 from ..hub.zoo import run_settings
+from ..terminal import say
 from ..training.options import option_names
 from .attention_picture import BRANCH_COLOURS, FUSION_COLOURS
 from .figures import draw_accuracy, draw_loss, figure_bytes
@@ -71,7 +72,7 @@ def write_report(folder: str | Path, seconds: float | None = None, confusion: Te
             _files(folder),
             _settings(settings),
         ]
-        write_whole(path, page(title, "\n".join(part for part in parts if part)).encode())
+        write_whole(path, page(title, "\n".join(part for part in parts if part)).encode(errors="backslashreplace"))
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     return path
@@ -245,5 +246,5 @@ def report(
 ) -> Path:
     """Write a run's report.html anew, from the run folder and the validation images: one file, with all in it."""
     path = write_report(run)
-    print(f"report {path}")
+    say(f"report {path}")
     return path

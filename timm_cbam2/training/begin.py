@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import broadcast_object_list, set_seed
 
 from ..errors import UserError, command_line
+from ..terminal import say
 from .automatic import remember
 from .checkpoint import read_info
 from .finish import share_trained
@@ -44,12 +45,17 @@ def begin(run: Run) -> dict[str, Any]:
     set_seed(settings["seed"], device_specific=True)  # dropout differs between processes
     if path is not None:
         run.resume(path, batch)
-        accelerator.print(f"going on from {path}: epoch {run.at.epoch}, step {run.at.updates}")
+        _say_once(run, f"going on from {path}: epoch {run.at.epoch}, step {run.at.updates}")
     try:
         return run.train()
     finally:
         if held is not None:
             held.close()
+
+
+def _say_once(run: Run, line: str) -> None:
+    if run.accelerator.is_local_main_process:
+        say(line)
 
 
 def _announce(run: Run, path: Path | None, notes: list[str]) -> None:
@@ -58,16 +64,17 @@ def _announce(run: Run, path: Path | None, notes: list[str]) -> None:
     trainable, parameters = run.trained
     processes = run.info["processes"]
     for note in (*images.notes, *slow_precision(accelerator), *([] if path else run.notes), *notes):
-        accelerator.print(f"note: {note}")
+        _say_once(run, f"note: {note}")
     if settings["recipe"] is not None:
-        accelerator.print(f"recipe {settings['recipe']}: {resolved_text(settings)}")
+        _say_once(run, f"recipe {settings['recipe']}: {resolved_text(settings)}")
     start = "its checkpoint's" if path else "trained" if settings["pretrained"] else "random"
     part = f" ({share_trained(settings['train'], trainable, parameters)})" if trainable < parameters else ""
-    accelerator.print(
+    _say_once(
+        run,
         f"{settings['model']}: {parameters / 1e6:.2f} M parameters{part}, {start} weights; "
         f"{images.name}: {len(run.parts['train'])} images to train on, {len(run.parts['val'])} to validate, "
         f"{len(images.classes)} classes, {'x'.join(map(str, run.side))} pixels; on {accelerator.device}"
-        + (f" in {processes} processes" if processes > 1 else "")
+        + (f" in {processes} processes" if processes > 1 else ""),
     )
 
 

@@ -12,6 +12,7 @@ from ..errors import UserError, one_line
 from ..files import duration
 from ..hub.card import write_card
 from ..hub.run_folder import score, score_name
+from ..terminal import say
 from .observer import observer
 
 __all__ = ["draw_curves", "finish", "push_best", "summary"]
@@ -62,29 +63,32 @@ def finish(
             raise UserError(f"{one_line(error, 300)}: bring back a copy of its files") from error
     print(summary(rows, best))
     if settings["train"] != "all":
-        print(f"\n{share_trained(settings['train'], *trained)}; {rows[-1]['images_per_second']:.0f} images/s")
-    print(
-        f"\ndone in {duration(seconds)}: best validation {score_name(best)} {100 * score(best):.2f} % "
-        f"after epoch {best['epoch']} of {rows[-1]['epoch']}"
+        say("", f"{share_trained(settings['train'], *trained)}; {rows[-1]['images_per_second']:.0f} images/s")
+    say(
+        "",
+        f"done in {duration(seconds)}: best validation {score_name(best)} {100 * score(best):.2f} % "
+        f"after epoch {best['epoch']} of {rows[-1]['epoch']}",
+        f"  best model  {folder / 'best'}",
+        f"  last model  {folder / 'last'}",
+        f"  curves      {folder / 'curves.png'}",
     )
-    print(f"  best model  {folder / 'best'}\n  last model  {folder / 'last'}\n  curves      {folder / 'curves.png'}")
     if confusion is not None:
-        print(f"  confusion   {folder / 'confusion.png'}")
+        say(f"  confusion   {folder / 'confusion.png'}")
     _report(folder, confusion)
-    print(f"  numbers     {folder / 'metrics.jsonl'}\n  settings    {folder / 'run.json'}")
+    say(f"  numbers     {folder / 'metrics.jsonl'}", f"  settings    {folder / 'run.json'}")
     run = shlex.quote(str(folder))
-    print(f"next:\n  timm-cbam2 evaluate {run}\n  timm-cbam2 predict {run} IMAGE…")
-    print(f'  timm.create_model("local-dir:{folder / "best"}", pretrained=True)')
+    say("next:", f"  timm-cbam2 evaluate {run}", f"  timm-cbam2 predict {run} IMAGE…")
+    say(f'  timm.create_model("local-dir:{folder / "best"}", pretrained=True)')
 
 
 def _report(folder: Path, confusion: Tensor | None) -> None:
     try:
         path = observer().report(folder, confusion)
     except UserError as error:  # the run itself is complete
-        print(f"  no report: {one_line(error)}")
+        say(f"  no report: {one_line(error)}")
         return
     if path is not None:
-        print(f"  report      {path}")
+        say(f"  report      {path}")
 
 
 def push_best(folder: Path, repo_id: str) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from ..errors import Stopped, UserError, require
 from ..files import write_whole
 from ..hub.run_folder import best_row, read_metrics, score, score_name
+from ..terminal import say
 
 __all__ = ["cross_validate", "read_folds"]
 
@@ -70,7 +71,7 @@ def cross_validate(settings: dict[str, Any], train: Callable[[dict[str, Any]], d
     results = before["results"]
     for number in range(len(results) + 1, count + 1):
         if main:
-            print(f"\nfold {number} of {count}", flush=True)
+            say("", f"fold {number} of {count}")
         place = folder / f"fold-{number}"
         run = {**settings, "folds": None, "val_split": f"fold:{number}/{count}", "output": place, "resume": "auto"}
         try:
@@ -129,8 +130,10 @@ def _summary(results: list[dict[str, Any]]) -> dict[str, Any]:
 def _show(summary: Mapping[str, Any], what: str, folder: Path) -> None:
     half = summary["interval"][1] - summary["mean"]
     each = ", ".join(f"{100 * s:.2f}" for s in summary["scores"])
-    print(
-        f"\ncross-validation: {what} {100 * summary['mean']:.2f} ± {100 * half:.2f} % (mean and 95 % interval over "
-        f"{len(summary['scores'])} folds: {each}; they share images to train on, so the interval is a rough one)"
+    say(
+        "",
+        f"cross-validation: {what} {100 * summary['mean']:.2f} ± {100 * half:.2f} % (mean and 95 % interval over "
+        f"{len(summary['scores'])} folds: {each}; they share images to train on, so the interval is a rough one)",
+        f"  numbers  {folder / FILE}",
+        f"  runs     {folder / 'fold-1'} and so on",
     )
-    print(f"  numbers  {folder / FILE}\n  runs     {folder / 'fold-1'} and so on")

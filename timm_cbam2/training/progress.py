@@ -12,6 +12,7 @@ from typing import Any, Sequence
 from torch import Tensor
 
 from ..files import duration
+from ..terminal import say, visible
 
 __all__ = ["MetricsFile", "Progress", "tracked"]
 
@@ -63,7 +64,7 @@ class Progress:
                 self.bar.set_postfix_str(text)
             else:
                 left = (now - self.start) / self.done * (self.total - self.done)
-                print(f"{self.title}: {text}  {self.speed():.0f} images/s  {duration(left)} left", flush=True)
+                say(f"{self.title}: {text}  {self.speed():.0f} images/s  {duration(left)} left")
 
     def speed(self) -> float:
         """Images per second since the epoch began, over all processes."""
@@ -74,9 +75,9 @@ class Progress:
         if not self.shown:
             return
         if self.bar is not None:
-            self.bar.write(line, file=sys.stdout)
+            self.bar.write(visible(line), file=sys.stdout)
         else:
-            print(line, flush=True)
+            say(line)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -16,6 +16,7 @@ from ...data.sources import images_of_run
 from ...errors import UserError
 from ...hub.zoo import load, run_settings
 from ...models.cbam2 import is_cbam2, record_attention
+from ...terminal import say
 from .masks import Moments, fixed_mask_accuracy
 
 __all__ = ["measure", "routing", "summary"]
@@ -115,7 +116,7 @@ def routing(
     samples = ImageDataset(images.splits["val"], data_config(network), skip_bad=skip_bad)
     found = {"model": Path(model).name, "images": len(samples)}
     found |= measure(network, make_loader(samples, batch_size, 0))
-    print(f"{model} on {len(samples)} validation images of {images.name}; spreads are standard deviations\n")
+    say(f"{model} on {len(samples)} validation images of {images.name}; spreads are standard deviations", "")
     _print_tables(found)
     if output is not None:
         try:

@@ -17,6 +17,7 @@ from timm_cbam2.hub.zoo import resolve
 from timm_cbam2.seeing.page.layout import EMBEDDED, build
 from timm_cbam2.seeing.page.panels import STYLE
 from timm_cbam2.seeing.page.served import MAX_BYTES
+from timm_cbam2.terminal import say
 
 __all__ = ["app"]
 
@@ -61,7 +62,7 @@ def app(
         )
     except OSError as error:
         raise UserError(f"{one_line(error, 200)}: give another --port or --host") from error
-    print(f"{name}: {page.local_url} (Ctrl-C ends it)", flush=True)
+    say(f"{name}: {page.local_url} (Ctrl-C ends it)")
     page.block_thread()
 
 
