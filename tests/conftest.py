@@ -36,6 +36,7 @@ LONG = (
         "test_readme",
         "test_training",
     ),
+    *("test_folds", "test_automatic", "test_balance", "test_multi_label", "test_distill", "test_many_images"),
     *("test_benchmark", "test_streaming_resume", "test_models", "test_compile", "test_explain", "test_transformers"),
     *("test_hub", "test_cbam2", "test_push_run", "test_finetune", "test_cpu_kernel", "test_warm_start", "test_insert"),
     *("test_launch_configs", "test_run_report", "test_cli", "test_fused", "test_run_options", "test_remote_code"),

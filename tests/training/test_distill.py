@@ -65,11 +65,3 @@ def test_a_teacher_in_the_loop(run, refused, small_run, quick, tmp_path):
     grey = timm.create_model("resnet20", num_classes=3, in_chans=1)
     save(grey, tmp_path / "grey", label_names=["digit0", "digit1", "digit2"])
     refused(*begin, "--distill-from", tmp_path / "grey", words=("1 channels", "3"))
-
-
-def test_two_processes(start_group, small_run, quick, tmp_path):
-    args = ("finetune", "--data", small_run[1], *quick, "--epochs", "1", "--batch-size", "8", "--distill-from")
-    args += (small_run[0], "--balance", "sampler", "--output", tmp_path / "run")
-    for result in [p.wait() for p in start_group(2, *args)]:
-        assert result.code == 0 and result.err == "", result
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["processes"] == 2

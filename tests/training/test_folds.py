@@ -69,3 +69,16 @@ def test_cross_validation(start, run, refused, small_run, quick, tmp_path):
     refused(*args, "--folds", "4", "--output", folder, "--resume", "auto", words=("--folds was 3 and is now 4",))
     refused(*args, "--output", small_run[0], words=("--output", "holds something already"))
     refused(*args, "--val-split", "0.3", "--output", tmp_path / "no", words=("--folds", "--val-split"))
+
+
+def test_two_processes_in_turn(start_group, small_run, quick, tmp_path):
+    """One after the other in the same processes, with a teacher, drawn classes, and a rate that the main one finds."""
+    args = ("finetune", "--data", small_run[1], *quick, "--epochs", "1", "--batch-size", "4", "--folds", "2")
+    args += ("--lr", "auto", "--distill-from", small_run[0], "--balance", "sampler", "--output", tmp_path / "run")
+    for result in [p.wait() for p in start_group(2, *args)]:
+        assert result.code == 0 and result.err == "", result
+    found = json.loads((tmp_path / "run" / "folds.json").read_text())
+    assert len(found["scores"]) == 2 and found["lr"] == "auto"
+    for number in (1, 2):
+        settings = json.loads((tmp_path / "run" / f"fold-{number}" / "run.json").read_text())
+        assert settings["processes"] == 2 and 1e-6 < settings["lr"] < 1
