@@ -57,6 +57,8 @@ def test_evaluate_mistakes(refused, small_run, write_folder, tmp_path):
     refused("evaluate", folder / "best" / "config.json", words=("config.json", "no such run"))
     refused("evaluate", "resnet20_cbam3", words=("resnet20_cbam3", "did you mean", "resnet20_cbam2"))
     refused("evaluate", folder, "--split", "test", words=("--split test", "train, val"))
+    refused("evaluate", folder, "--labels", tmp_path / "none.csv", words=("--labels", "none.csv", "cannot be read"))
+    refused("evaluate", folder, "--multi-label", words=("--multi-label", "one for each image"))
     others = write_folder(tmp_path / "others", classes=(7, 8))
     refused("evaluate", folder, "--data", others, words=("labels do not match", "digit0", "digit7"))
     some = write_folder(tmp_path / "some", classes=(1, 9))

@@ -70,7 +70,7 @@ def test_views_are_averaged(run, refused, small_run, tmp_path):
     shutil.copytree(folder, handed)
     settings = json.loads((folder / "run.json").read_text())
     (handed / "run.json").write_text(json.dumps(settings | {"augment": "light"}))
-    refused("predict", handed, image, "--tta", "flip", words=("--tta flip", "without mirroring"))
+    refused("predict", handed, image, "--tta", "flip", words=("--tta flip", "without mirroring", "leave it out"))
 
 
 def test_crops(run, small_run, tmp_path):

@@ -110,7 +110,9 @@ def evaluate(
     own = run is not None and (data is None or data == run["data"] or _same_folder(data, run["data"]))
     settings = run if own else {}
     if own:
-        images = images_of_run(run, image_column, label_column, val_split)
+        given = {"labels": labels and str(Path(labels).expanduser().resolve()), "multi_label": multi_label}
+        of_run = run | {name: value for name, value in given.items() if value}
+        images = images_of_run(of_run, image_column, label_column, val_split)
     else:
         images = find_images(data, image_column, label_column, labels, multi_label)
         images = images if val_split is None else images.with_val(val_split)

@@ -63,9 +63,10 @@ def with_views(
         raise UserError(f"--tta {tta} is unknown; there are {', '.join(TTA)}")
     flip, crops = "flip" in tta, "crops" in tta
     if flip and augment == "light":
+        instead = "give --tta crops, or leave it out" if config["crop_pct"] < 1 else "leave it out"
         raise UserError(
             f"--tta {tta}: this model was trained without mirroring (--augment light), as for letters or digits, which "
-            "a mirror changes; give --tta crops, or leave it out"
+            f"a mirror changes; {instead}"
         )
     if not crops:
         return AveragedViews(model, flip, None, multi_label), config
