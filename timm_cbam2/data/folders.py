@@ -111,7 +111,10 @@ def from_folder(folder: Path) -> Images:
         names = [child.name for child in subfolders(where)]
         if not names:
             loose = "images but " if any(p.suffix.lower() in image_extensions() for p in where.iterdir()) else ""
-            raise UserError(f"{where} has {loose}no class folders: put the images of each class in a folder of its own")
+            raise UserError(
+                f"{where} has {loose}no class folders: put the images of each class in a folder of its own, or give a "
+                "table that says what is in them with --labels FILE"
+            )
         extra = sorted(set(names) - set(classes)) if classes else []
         if extra:
             first = next(iter(found.values()))
