@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from ..errors import UserError, one_line, require
+from ..models.reach_cbam2 import unreachable
 from .built_in import BUILT_IN
 from .images import SPLITS, Images, Samples, is_held_out, parse_val_split
 from .loading import build_transform, seeded, start_worker
@@ -55,6 +56,9 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     share, last = parse_val_split(val_split)
     path = Path(data).expanduser()
+    host = None if path.exists() else unreachable()
+    if host is not None:
+        raise UserError(f"--data {data}: no such folder, and {host} cannot be reached to stream a data set from")
     try:
         if path.is_file():
             kind = "webdataset" if path.suffix == ".tar" else "parquet"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Iterator, Sequence
 
 from ..errors import UserError, one_line, require
+from ..models.reach_cbam2 import unreachable
 from .images import SPLITS, Images, Samples
 from .labels import choose_label_column, encode, indicator_names
 
@@ -115,8 +116,11 @@ def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would log is raised, too
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
+    host = unreachable() if path is None else None
     try:
         if path is None:
+            # It would try five times.
+            datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE or host is not None
             loaded = datasets.load_dataset(data)
         elif path.is_file() and path.suffix == ".parquet":
             loaded = datasets.load_dataset("parquet", data_files=str(path))
@@ -138,6 +142,10 @@ def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         what = "no such folder, and as a Hub data set it cannot be read" if path is None else "cannot be read"
+        if host is not None:
+            raise UserError(
+                f"--data {data}: no such folder, no data set in the cache, and {host} cannot be reached: go online once"
+            ) from error
         raise UserError(f"--data {data}: {what}: {one_line(error, 250)}") from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
 

@@ -24,6 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import UserError, one_line
 from ..models.configuration_cbam2 import architectures
+from ..models.reach_cbam2 import unreachable
 from ..terminal import say
 from .card import card, is_generated
 from .folder import check_folder, expected_shapes, model_code, read_config, whole, with_auto_map
@@ -88,6 +89,9 @@ def check_push(repo_id: str) -> None:
     if constants.HF_HUB_OFFLINE:
         raise UserError(f"--push-to {repo_id}: HF_HUB_OFFLINE is set: unset it, or push when the run is complete")
     _check_token()
+    host = unreachable()
+    if host is not None:
+        raise UserError(f"--push-to {repo_id}: {host} cannot be reached: go online, or push when the run is complete")
 
 
 def _check_token() -> None:
@@ -236,6 +240,9 @@ def _download(repo_id: str, name: str, revision: str | None, sha256: str | None)
 @contextmanager
 def explained(repo_id: str, outcome: str) -> Iterator[None]:
     """One line for whatever the Hub or the network says."""
+    host = unreachable()
+    if host is not None:
+        raise UserError(f"{host} cannot be reached: check the network and try again; {outcome}")
     try:
         yield
     except (RepositoryNotFoundError, RevisionNotFoundError, RemoteEntryNotFoundError) as error:

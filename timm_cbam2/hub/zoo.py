@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 import timm_cbam2  # noqa: F401  (registers the models)
 
 from ..errors import UserError, one_line
+from ..models.reach_cbam2 import promptly
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
 from ..models.saved_cbam2 import overlay_of_folder
 from ..models.weights_cbam2 import WARM_START
@@ -202,11 +203,27 @@ def load(name: str, *, pretrained: bool = True, **kwargs: Any) -> nn.Module:
             read_config(folder)
         except ValueError as error:
             raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
+    with promptly(_is_on_the_hub(resolved, pretrained)) as host:
+        return _create(name, resolved, host, pretrained=pretrained, **kwargs)
+
+
+def _is_on_the_hub(resolved: str, pretrained: bool) -> bool:
+    if ":" in resolved:
+        return resolved.startswith("hf-hub:")
+    cfg = timm.get_pretrained_cfg(resolved)
+    return pretrained and cfg is not None and bool(cfg.hf_hub_id) and not cfg.file
+
+
+def _create(name: str, resolved: str, host: str | None, **kwargs: Any) -> nn.Module:
     try:
-        model = timm.create_model(resolved, pretrained=pretrained, **kwargs)
+        model = timm.create_model(resolved, **kwargs)
         model.multi_label = _tells_several(resolved)
         return model
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as error:
+        if host is not None:
+            raise UserError(
+                f"cannot load {name}: {host} cannot be reached, and it is not in the cache: go online once to fetch it"
+            ) from error
         raise UserError(f"cannot load {name}: {one_line(error, 400)}") from error
     except SafetensorError as error:
         raise UserError(f"cannot load {name}: its model.safetensors is damaged ({one_line(error, 200)})") from error

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import UserError, one_line
 from ..hub.inserted import INSERTED
 from ..hub.zoo import without_memory
+from ..models.reach_cbam2 import promptly
 
 __all__ = ["Source", "read_source"]
 
@@ -76,11 +77,13 @@ def read_source(name: str) -> Source:
 def _fetched(name: str) -> Path:
     """The cached files of a repository on the Hub."""
     repo, _, revision = name.removeprefix("hf-hub:").partition("@")
-    try:
-        _download(repo, revision, "config.json")
-        found = next(filter(None, (_download(repo, revision, file) for file in WEIGHTS)), None)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name} cannot be fetched: {one_line(error, 200)}") from error
+    with promptly() as host:
+        try:
+            _download(repo, revision, "config.json")
+            found = next(filter(None, (_download(repo, revision, file) for file in WEIGHTS)), None)
+        except (OSError, ValueError) as error:
+            reason = f"{host} cannot be reached, and it is not in the cache" if host else one_line(error, 200)
+            raise UserError(f"{name} cannot be fetched: {reason}") from error
     if found is None:
         raise UserError(f"{name} has neither {' nor '.join(WEIGHTS)}")
     return found.parent

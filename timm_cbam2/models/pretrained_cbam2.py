@@ -1,11 +1,12 @@
 """What the three transformers models share: building timm's network, and loading that is strict."""
 
 import re
+from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
@@ -13,6 +14,7 @@ from transformers.initialization import guard_torch_init_functions
 from .arguments_cbam2 import naming
 from .cbam2 import CbamAttention, is_cbam2, record_attention
 from .configuration_cbam2 import Cbam2Config, entrypoint
+from .reach_cbam2 import promptly
 from .weights_cbam2 import require_safetensors
 
 __all__ = ["Attentions", "Cbam2PreTrainedModel"]
@@ -107,17 +109,18 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         other_classes = kwargs.pop("ignore_mismatched_sizes", False)  # transformers would redraw any weight for it
         kwargs.setdefault("use_safetensors", True)  # a pickle can run code
         name = pretrained_model_name_or_path
-        _require_safetensors(name, kwargs)
-        if warm_start and name is not None and kwargs.get("config") is None:
-            twin = cls.config_class.of_twin(name, **kwargs)
-            if twin is not None:
-                kwargs = {**twin[1], "config": twin[0]}
-        try:
-            model, info = super().from_pretrained(
-                name, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-            )
-        except SafetensorError as error:
-            raise ValueError(f"The weights of {name} are damaged or cut off ({error}). Get them again.") from error
+        with promptly(name is not None and not Path(name).is_dir()):
+            _require_safetensors(name, kwargs)
+            if warm_start and name is not None and kwargs.get("config") is None:
+                twin = cls.config_class.of_twin(name, **kwargs)
+                if twin is not None:
+                    kwargs = {**twin[1], "config": twin[0]}
+            try:
+                model, info = super().from_pretrained(
+                    name, *model_args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+                )
+            except SafetensorError as error:
+                raise ValueError(f"The weights of {name} are damaged or cut off ({error}). Get them again.") from error
         _refuse_offloading(model)
         problems, hint = _problems(model, info, warm_start, other_classes)
         if problems:
@@ -187,6 +190,8 @@ def _require_safetensors(name: Any, kwargs: Dict[str, Any]) -> None:
     wanted = ("revision", "token", "cache_dir", "local_files_only", "force_download")
     try:
         require_safetensors(name, **{key: kwargs[key] for key in wanted if kwargs.get(key)})
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise OSError(f"{name} is no folder and not in the cache, and the Hub cannot be reached. Go online.") from error
     except HTTPError as error:
         raise OSError(f"The weights of {name} could not be fetched ({error}). Try again.") from error
 

@@ -19,6 +19,7 @@ from timm.models._pretrained import DefaultCfg
 
 from .arguments_cbam2 import check_arguments, check_pretrained_cfg, naming
 from .cbam2 import Cbam2
+from .reach_cbam2 import promptly
 from .saved_cbam2 import remembering
 from .weights_cbam2 import WARM_START, Weights, check_source, check_weights, needs_attention
 
@@ -152,9 +153,10 @@ def build_twin(
         return check_weights(weights, model, remap, needs_attention(given, model.pretrained_cfg.get("tag")))
 
     try:
-        if pretrained:
-            check_source(given)
-        model = build_model_with_cfg(create, variant, pretrained, pretrained_filter_fn=check, **kwargs)
+        with promptly(pretrained and bool(cfg.hf_hub_id) and not cfg.file):
+            if pretrained:
+                check_source(given)
+            model = build_model_with_cfg(create, variant, pretrained, pretrained_filter_fn=check, **kwargs)
         model.pretrained_cfg["first_conv"] = cfg.first_conv
         return model
     except SafetensorError as error:
