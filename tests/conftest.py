@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from warm import Server, make_bare_python
+from warm import COMMAND, MODULES, Server, make_bare_python
 
 gc.disable()  # until the tests are collected, with all that they import
 # The models here are tiny: one thread each, so that several processes share the cores without waiting for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
-# All that the commands import, now or when they need it.
-MODULES = (
-    *("accelerate", "datasets", "matplotlib.backends.backend_agg", "sklearn.datasets", "timm_cbam2.cli"),
-    *("timm_cbam2.training.loop", "timm_cbam2.training.prepare", "timm_cbam2.seeing.report"),
-)
-COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import main; main()"  # as the console script
 # Not what reads the environment while it is imported, such as huggingface_hub.
 LIBRARIES = ("torch", "torchvision", "scipy.optimize")
 LONG = (

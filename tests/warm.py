@@ -15,6 +15,13 @@ from pathlib import Path
 
 Result = namedtuple("Result", "code out err")
 
+# All that the commands import, now or when they need it.
+MODULES = (
+    *("accelerate", "datasets", "matplotlib.backends.backend_agg", "sklearn.datasets", "timm_cbam2.cli"),
+    *("timm_cbam2.training.loop", "timm_cbam2.training.prepare", "timm_cbam2.seeing.report"),
+)
+COMMAND = "import sys; sys.argv[0] = 'timm-cbam2'; from timm_cbam2.cli import main; main()"  # as the console script
+
 SERVER = """
 import atexit, gc, importlib, json, os, resource, runpy, signal, sys, threading
 gc.disable()

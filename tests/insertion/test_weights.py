@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import COMMAND
 from hub_server import Hub
 from networks import images
 from randomise import randomise
@@ -241,7 +240,7 @@ def test_repositories_on_the_hub(files, plain, environment, tmp_path):
         del env["HF_HUB_OFFLINE"]
 
         def call(*args):
-            command = [sys.executable, "-c", COMMAND, *map(str, args)]
+            command = [sys.executable, "-m", "timm_cbam2.cli", *map(str, args)]
             return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
 
         result = call("insert", "hf-hub:user/plain", "-o", "new")

@@ -5,9 +5,8 @@ import socket
 import sys
 
 import pytest
-from conftest import COMMAND, MODULES
 from hub_server import Hub
-from warm import Server
+from warm import COMMAND, MODULES, Server
 
 
 @pytest.fixture(scope="module")
