@@ -27,7 +27,7 @@ class Kind:
         slot: the block's name in its host.
         last: the norm, convolution or linear layer whose output the block takes; its weight's length is the number of
             channels.
-        attended: "module:class" that the host's class becomes, where it has no slot of its own.
+        attended: "module:class" that the host's class becomes, where its own does not do all that is wanted.
     """
 
     name: str
@@ -41,8 +41,8 @@ _VISION = "torchvision.models."
 _HF = "transformers.models."
 _OURS = "timm_cbam2.insertion."
 _KINDS = {
-    f"{_TIMM}resnet.BasicBlock": Kind("timm.resnet", "se", "bn2"),
-    f"{_TIMM}resnet.Bottleneck": Kind("timm.resnet", "se", "bn3"),
+    f"{_TIMM}resnet.BasicBlock": Kind("timm.resnet", "se", "bn2", "timm_cbam2.models.residual_cbam2:BasicBlockCbam2"),
+    f"{_TIMM}resnet.Bottleneck": Kind("timm.resnet", "se", "bn3", "timm_cbam2.models.residual_cbam2:BottleneckCbam2"),
     f"{_TIMM}convnext.ConvNeXtBlock": Kind(
         "timm.convnext", "attn", "mlp.fc2", "timm_cbam2.models.convnext_cbam2:ConvNeXtCbam2Block"
     ),
@@ -138,7 +138,7 @@ def detach(host: nn.Module, kind: Kind) -> None:
     delattr(parent, name)
     if kind.name == "timm.resnet":
         parent.se = None
-    if kind.attended:
+    if _class_name(type(host)) in _ATTENDED:
         host.__class__ = type(host).__bases__[0]
     for key, hook in list(host._forward_hooks.items()):
         if kind.name == OUTPUT and hook is attend_output:
