@@ -42,7 +42,9 @@ def _are(check: Callable[[Any], bool], *lengths: int) -> Callable[[Any], bool]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return False
+    return abs(value) <= sys.float_info.max  # type: ignore[operator]  # mypy's Real has no order
 
 
 def _is_text(value: Any) -> bool:
@@ -215,7 +217,8 @@ def check_arguments(network: type, arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Naming the argument, its value and what is allowed.
     """
-    parameters = {name for cls in network.__mro__ for name in inspect.signature(cls.__init__).parameters}
+    builders = [cls.__dict__["__init__"] for cls in network.__mro__ if "__init__" in cls.__dict__]
+    parameters = {name for builder in builders for name in inspect.signature(builder).parameters}
     known = (parameters | OF_THE_BUILDER) - {"self", "args", "kwargs"}
     for name, value in arguments.items():
         if name not in known:

@@ -18,6 +18,7 @@ from .parts_cbam2 import (
     as_one_node,
     compute_dtype,
     is_traced,
+    mean_in,
     no_autocast,
     reset_convs,
 )
@@ -132,7 +133,7 @@ class ChannelAttn(nn.Module):
     def attend(self, x: torch.Tensor) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
         """The mask (B, C, 1, 1) in x's dtype, and the fusion weights (B, 2) or None, of x (B, C, H, W)."""
         dtype = compute_dtype(x)
-        mask, weights = self.mask_of(x.mean((2, 3), dtype=dtype), as_dtype(x.amax((2, 3)), dtype))
+        mask, weights = self.mask_of(mean_in(x, [2, 3], dtype), as_dtype(x.amax((2, 3)), dtype))
         return as_dtype(mask, x.dtype)[:, :, None, None], weights
 
     def forward(self, x: torch.Tensor, return_attention: bool = False) -> torch.Tensor:

@@ -77,7 +77,8 @@ def _channel(call: _Call, squeezes: torch.Tensor) -> torch.Tensor:
 def _spatial(call: _Call, maps: torch.Tensor, convolve: Any) -> torch.Tensor:
     part = call.block.spatial
     weigh = spatial_weights if torch.is_grad_enabled() else kept_spatial_weights
-    sa = spatial_mask(part, weigh(part, *maps.shape[2:], maps.dtype), maps, convolve)
+    height, width = maps.shape[2:]
+    sa = spatial_mask(part, weigh(part, height, width, maps.dtype), maps, convolve)
     return sa if call.drop is None else sa * call.drop.to(sa.dtype)[:, None, None]
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from typing import Any, Final
+from typing import Any, Final, List
 
 import torch
 import torch.fx
@@ -24,6 +24,7 @@ __all__ = [
     "compute_dtype",
     "coordinates",
     "has_hooks",
+    "mean_in",
     "is_traced",
     "no_autocast",
     "reset_convs",
@@ -61,6 +62,11 @@ def as_one_node(module: nn.Module, x: Any) -> Any:
 def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """x in `dtype`; where it is so already exports are free of a conversion and of a check of it."""
     return x if x.dtype == dtype else x.to(dtype)
+
+
+def mean_in(x: torch.Tensor, dims: List[int], dtype: torch.dtype, keepdim: bool = False) -> torch.Tensor:
+    """The mean over `dims`, computed in `dtype`; where x has it, exporters that know no such argument see none."""
+    return x.mean(dims, keepdim) if x.dtype == dtype else x.mean(dims, keepdim, dtype=dtype)
 
 
 def apply_gate(z: torch.Tensor, gate: str) -> torch.Tensor:

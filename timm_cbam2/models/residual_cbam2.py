@@ -91,7 +91,7 @@ def _folds(norm: nn.Module, z: torch.Tensor) -> bool:
 
 
 def _drops(drop_path: Optional[nn.Module]) -> bool:
-    return type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0.0
+    return drop_path is not None and type(drop_path) is DropPath and drop_path.training and drop_path.drop_prob > 0.0
 
 
 def branch_end(
@@ -125,7 +125,9 @@ def branch_end(
     if trains:
         if norm is not None and not (norm.training and norm.momentum is not None and z.numel() > z.shape[1]):
             z, norm = norm(z), None
-        drop = drop_path(z.new_ones(len(z), 1, 1, 1)).view(-1) if _drops(drop_path) else None  # drawn as timm does
+        drop = (
+            drop_path(z.new_ones(len(z), 1, 1, 1)).view(-1) if drop_path is not None and _drops(drop_path) else None
+        )  # drawn as timm does
         out = fused(attn, z, End(shortcut, gamma, relu, drop is not None), drop, norm)
     else:
         affine = None

@@ -19,6 +19,7 @@ from .parts_cbam2 import (
     coordinates,
     has_hooks,
     is_traced,
+    mean_in,
     no_autocast,
     reset_convs,
 )
@@ -201,7 +202,7 @@ class SpatialAttn(nn.Module):
         dtype = compute_dtype(y)
         # Kept dimensions and `cat`, not `stack`: a view is what inductor cannot keep for a backward of free height and
         # width.
-        maps = torch.cat([y.mean(1, keepdim=True, dtype=dtype), as_dtype(y.amax(1, keepdim=True), dtype)], 1)
+        maps = torch.cat([mean_in(y, [1], dtype, True), as_dtype(y.amax(1, keepdim=True), dtype)], 1)
         if self.learned is not None:
             maps = torch.cat([maps, self.learned(y, dtype)], 1)
         if not torch.jit.is_scripting() and self.is_watched():

@@ -116,9 +116,7 @@ def evaluate(
     else:
         images = find_images(data, image_column, label_column, labels, multi_label)
         images = images if val_split is None else images.with_val(val_split)
-    split = split or next(s for s in ("val", "test", "all", "train") if s in images.splits)
-    if split not in images.splits:
-        raise UserError(f"--split {split}: {images.name} has {', '.join(images.splits)}")
+    split = _chosen_split(images, split)
 
     accelerator = Accelerator()
     network = load(model)
@@ -136,8 +134,7 @@ def evaluate(
     network, config = with_views(network, config, tta, (run or {}).get("augment"), several)
     dataset = ImageDataset(samples, config, skip_bad=skip_bad_images or bool(settings.get("skip_bad_images")))
     dataset.check_headers()
-    if workers is None:
-        workers = settings.get("workers", 0)
+    workers = settings.get("workers", 0) if workers is None else workers
     loader = make_loader(dataset, batch_size or settings.get("batch_size", 64), workers)
     network, loader = accelerator.prepare(network, loader)
     found = predict_all(accelerator, network, loader)
@@ -147,12 +144,15 @@ def evaluate(
     result = {"model": model, "data": images.name, "split": split, "tta": tta, "bad_images": int(dataset.bad.sum())}
     result |= numbers(found, names)
     if accelerator.is_main_process:
-        with _writing(folder):
-            write_whole(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
-            share = f"{100 * result['map']:.2f} % mAP on" if several else f"{100 * result['top1']:.2f} % of"
-            pictures = draw(result, folder, f"{images.name}, {split}: {share} {result['images']} images")
-        _show(result, folder, pictures, images.notes)
+        _show(result, folder, _write(result, folder, several), images.notes)
     return result
+
+
+def _chosen_split(images: Images, split: str | None) -> str:
+    split = split or next(s for s in ("val", "test", "all", "train") if s in images.splits)
+    if split not in images.splits:
+        raise UserError(f"--split {split}: {images.name} has {', '.join(images.splits)}")
+    return split
 
 
 def _same_folder(one: str, other: str) -> bool:
@@ -171,6 +171,14 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"--output {folder} cannot be written ({error.strerror}): give another folder") from error
+
+
+def _write(result: dict[str, Any], folder: Path, several: bool) -> list[Path]:
+    """The numbers, and the pictures, whose paths it gives."""
+    share = f"{100 * result['map']:.2f} % mAP on" if several else f"{100 * result['top1']:.2f} % of"
+    with _writing(folder):
+        write_whole(folder / "evaluation.json", (json.dumps(result, indent=2) + "\n").encode())
+        return draw(result, folder, f"{result['data']}, {result['split']}: {share} {result['images']} images")
 
 
 def _show(result: dict[str, Any], folder: Path, pictures: list[Path], notes: list[str]) -> None:
