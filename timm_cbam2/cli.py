@@ -8,6 +8,7 @@ from .errors import run_commands
 from .evidence.benchmark.command import benchmark
 from .finetune import finetune
 from .hub.configs import configs
+from .hub.doctor import doctor
 from .hub.export import export
 from .hub.push import pull, push
 from .hub.zoo import models
@@ -37,6 +38,7 @@ def main() -> NoReturn:
         push,
         pull,
         configs,
+        doctor,
         help="CBAM2 image models: fine-tune, measure, use, look into, list, share.",
     )
 
