@@ -7,7 +7,11 @@ import pickle
 import shutil
 
 import pytest
+import timm
 import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from timm_cbam2.insertion.saved import load_inserted
 
 # In one process: plants each file in turn, runs the command, puts back what was there.
 CODE = """
@@ -26,10 +30,12 @@ def sums(file):
 task = json.load(open(sys.argv[1]))
 run, mark, results = Path(task["run"]), Path(task["mark"]), []
 shutil.copytree(run, "kept")
-for files, payload in task["cases"]:
+for files, payload, removed in task["cases"]:
     for file in files:
         (run / file).write_bytes(Path(payload).read_bytes())
         sums(run / file)
+    for file in removed:
+        (run / file).unlink()
     sys.argv, out, err = ["timm-cbam2", *task["args"]], io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -99,7 +105,7 @@ def planted(start_python, folder, payloads, cases, args, tmp_path):
     assert result.code == 0, result
     found = json.loads(result.out.splitlines()[-1])
     outcomes = []
-    for (files, payload), (code, err, ran) in zip(cases, found, strict=True):
+    for (files, payload, _), (code, err, ran) in zip(cases, found, strict=True):
         assert not ran, f"{args[0]} ran what stood in {files} ({payload})"
         assert code in (0, 2), (files, payload, code, err)
         if code == 2:
@@ -116,9 +122,9 @@ def test_resume(start_python, run_folder, payloads, tmp_path):
     assert len(needed) == 6, needed
     own = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     others = sorted({*own} - {*needed, ".lock"})
-    cases = [([file], payload) for file in needed for payload in kinds.values()]
-    cases += [([file], kinds["zip"]) for file in others]
-    cases += [([str(checkpoint / name) for name in IN_CHECKPOINTS], payload) for payload in kinds.values()]
+    cases = [([file], payload, []) for file in needed for payload in kinds.values()]
+    cases += [([file], kinds["zip"], []) for file in others]
+    cases += [([str(checkpoint / name) for name in IN_CHECKPOINTS], payload, []) for payload in kinds.values()]
     outcomes = planted(start_python, folder, payloads, cases, ("finetune", "--resume", folder), tmp_path)
     for (file, *more), code, err in outcomes:
         if file in (*needed, "run.json"):
@@ -140,3 +146,99 @@ def test_pickled_by_an_earlier_version(refused, run_folder, payloads):
     (checkpoint / "SHA256SUMS").write_text(text)
     refused("finetune", "--resume", folder, words=(checkpoint, "pickles, which can run code", "start anew"))
     assert not payloads[0].exists() and checkpoint.is_dir()
+
+
+# What each needs of a run or model folder, so that it must refuse when that is something else.
+MODEL = {"best/model.safetensors", "best/config.json"}
+COMMANDS = {
+    "evaluate": MODEL | {"run.json"},
+    "predict": MODEL,
+    "explain": MODEL,
+    "export": MODEL,
+    "report": {"run.json"},  # without the model, it has no pictures of it
+    "push": {"run.json", *MODEL},
+    "finetune": MODEL,
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(command, start_python, run_folder, small_run, payloads, quick, tmp_path):
+    """One process for each command, which goes through all files."""
+    folder, kinds = run_folder(), payloads[1]
+    image = next(small_run[1].rglob("*.png"))
+    args = {
+        "evaluate": (folder,),
+        "predict": (folder, image),
+        "explain": (folder, image, "--output", tmp_path / "out"),
+        "export": (folder, "--torchscript", "--output", tmp_path / "out"),
+        "report": (folder,),
+        "push": (folder, "me/model", "--dry-run"),
+        "finetune": ("--data", small_run[1], *quick, "--model", folder, "--output", tmp_path / "anew"),
+    }[command]
+    needed = COMMANDS[command]
+    own = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    own = [file for file in own if not file.startswith("checkpoints") and file != ".lock"]
+    if command == "finetune":  # the others do not stand between it and the model, and it would train
+        own = sorted(needed)
+    each = kinds.values() if command == "predict" else [kinds["zip"]]
+    cases = [([file], payload, []) for file in sorted(needed) for payload in each]
+    cases += [([file], kinds["zip"], []) for file in sorted({*own} - needed)]
+    cases += [([f"best/{name}"], payload, ["best/model.safetensors"]) for name in IN_MODELS[:3] for payload in each]
+    if command != "finetune":
+        cases += [([f"best/{name}" for name in IN_MODELS], kinds["zip"], [])]
+    for files, code, err in planted(start_python, folder, payloads, cases, (command, *args), tmp_path):
+        pickled_only = len(files) == 1 and files[0].rpartition("/")[2] in IN_MODELS
+        if files[0] in needed or pickled_only and MODEL <= needed:
+            assert code == 2, (files, err)
+
+
+def test_both_libraries_doors(run_folder, payloads):
+    mark, kinds = payloads
+    folder = run_folder() / "best"
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    doors = (
+        lambda: timm.create_model(f"local-dir:{folder}", pretrained=True),
+        lambda: AutoModelForImageClassification.from_pretrained(folder),
+        lambda: AutoImageProcessor.from_pretrained(folder),
+        lambda: load_inserted(timm.create_model("resnet18"), folder),
+    )
+    refused = 0
+    for name in (*whole, *IN_MODELS):
+        for payload in kinds.values():
+            for alone in (False, True):
+                (folder / name).write_bytes(payload.read_bytes())
+                if alone:
+                    (folder / "model.safetensors").unlink()
+                for door in doors:
+                    try:
+                        door()
+                    except (OSError, ValueError, RuntimeError) as error:
+                        refused += 1
+                        assert str(error)
+                    assert not mark.exists(), (name, payload)
+                for path in folder.iterdir():
+                    path.unlink()
+                for other, content in whole.items():
+                    (folder / other).write_bytes(content)
+    assert refused > 60
+
+
+def test_data(refused, run, write_folder, payloads, quick, tmp_path):
+    """Pickles among the images, in the place of one, and as tables."""
+    mark, kinds = payloads
+    images = write_folder(tmp_path / "images")
+    for name in ("data.pkl", "labels.npy", "digit0/index.pt", "digit0/all.npz", "dataset_info.json", "state.json"):
+        shutil.copy(kinds["zip"], images / name)
+    args = ("finetune", "--data", images, *quick, "--epochs", "1", "--output")
+    result = run(*args, tmp_path / "run")
+    assert result.code in (0, 2) and len(result.err.splitlines()) == (result.code == 2), result
+    shutil.copy(kinds["bare"], images / "digit0" / "000.png")
+    refused(*args, tmp_path / "other", words=("000.png",))
+    for suffix in ("parquet", "arrow", "csv", "tar"):
+        for kind, payload in kinds.items():
+            tables = tmp_path / f"{suffix}-{kind}"
+            tables.mkdir()
+            shutil.copy(payload, tables / f"train.{suffix}")
+            more = ("--streaming",) if kind == "old" else ()
+            refused("finetune", "--data", tables, *more, *quick, "--output", tmp_path / "none", words=(tables,))
+    assert not mark.exists()

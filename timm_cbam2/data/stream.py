@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tarfile
 import warnings
 from itertools import islice
 from pathlib import Path
@@ -65,7 +66,7 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
             loaded = datasets.load_dataset(kind, data_files=str(path), streaming=True)
         else:
             loaded = datasets.load_dataset(str(path) if path.exists() else data, streaming=True)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"--data {data} cannot be streamed: {one_line(error, 250)}") from error
     tables = {}
     for split, names in SPLITS.items():
@@ -74,6 +75,8 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
             tables[split] = loaded[match]
     if "train" not in tables:
         raise UserError(f"--data {data} has the splits {', '.join(loaded)}: one must be called train to be streamed")
+    if tables["train"].features is None:  # such as CSV, whose columns are known when they have been read
+        raise UserError(f"--data {data}: its files do not describe their columns: give parquet or tar files to stream")
     columns = choose_columns(data, tables["train"], image_column, label_column)
     classes, index, counts = describe(data, tables, columns[1])
     # Undecoded, before anything is filtered: filters decode.

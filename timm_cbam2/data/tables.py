@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
@@ -140,7 +141,7 @@ def _load_tables(data: str, path: Path | None) -> dict[str, Any]:
             loaded = datasets.load_dataset(str(path))
     except UserError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, tarfile.TarError, datasets.exceptions.DatasetsError) as error:
         what = "no such folder, and as a Hub data set it cannot be read" if path is None else "cannot be read"
         if host is not None:
             raise UserError(

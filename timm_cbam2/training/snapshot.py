@@ -9,11 +9,12 @@ from typing import Any, Iterator
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..errors import UserError, one_line
 from .states import NO_STATE, read_state, refuse_code, write_state
 
-__all__ = ["FORMAT", "fitting", "load_all", "save_all"]
+__all__ = ["FORMAT", "check_shapes", "fitting", "load_all", "save_all"]
 
 FORMAT = 2  # of the folder, in checkpoint.json; those before it, without a number, were pickled by Accelerate
 
@@ -31,9 +32,10 @@ def save_all(accelerator: Any, folder: Path, parts: dict[str, Any]) -> None:
         accelerator._models[0].save_checkpoint(str(folder), "deepspeed")
         states = {}
     elif accelerator.distributed_type.value == "FSDP":
-        from torch.distributed.checkpoint.state_dict import get_state_dict
+        from .divided import save_divided
 
-        states = dict(zip(("model", "optimizer"), get_state_dict(*_wrapped(accelerator), options=_whole())))
+        save_divided(accelerator, folder)
+        states = {}
     else:
         model = accelerator.unwrap_model(accelerator._models[0])
         states = {"model": model.state_dict(), "optimizer": accelerator._optimizers[0].state_dict()}
@@ -59,20 +61,10 @@ def load_all(accelerator: Any, folder: Path, parts: dict[str, Any], processes: i
         refuse_code(folder / "deepspeed")
         accelerator._models[0].load_checkpoint(str(folder), "deepspeed")
     elif kind == "FSDP":
-        from torch.distributed.checkpoint.state_dict import set_state_dict
+        from .divided import load_divided
 
-        # The main process reads and tells the others.
-        states = {
-            name: read_state(folder / f"{name}.safetensors") if accelerator.is_main_process else {}
-            for name in ("model", "optimizer")
-        }
         with fitting(folder):
-            set_state_dict(
-                *_wrapped(accelerator),
-                model_state_dict=states["model"],
-                optim_state_dict=states["optimizer"],
-                options=_whole(broadcast_from_rank0=True),
-            )
+            load_divided(accelerator, folder)
     else:
         parts = {
             "model": accelerator.unwrap_model(accelerator._models[0]),
@@ -86,11 +78,28 @@ def load_all(accelerator: Any, folder: Path, parts: dict[str, Any], processes: i
         state = read_state(file)
         with fitting(file):
             part.load_state_dict(state)
+            if name == "optimizer":
+                check_shapes(part)
     if processes == accelerator.num_processes:
         file = folder / _random(accelerator)
         state = read_state(file)
         with fitting(file):
             _set_generators(accelerator, state)
+
+
+def check_shapes(optimizer: Any) -> None:
+    """Make sure that what an optimizer remembers of each parameter can be of it; torch finds out at the next step.
+
+    Raises:
+        ValueError: a tensor has another shape.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            for name, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(value, Tensor) or value.ndim != parameter.ndim:
+                    continue  # such as a count of steps, or the factors of a second moment
+                if any(side not in (1, whole) for side, whole in zip(value.shape, parameter.shape)):
+                    raise ValueError(f"{name} has shape {tuple(value.shape)} for a parameter {tuple(parameter.shape)}")
 
 
 @contextmanager
@@ -108,16 +117,6 @@ def fitting(file: Path) -> Iterator[None]:
         raise UserError(
             f"{file} does not fit this run ({one_line(error, 160)}): bring back a copy, or start anew in another folder"
         ) from error
-
-
-def _whole(**more: Any) -> Any:
-    from torch.distributed.checkpoint.state_dict import StateDictOptions
-
-    return StateDictOptions(full_state_dict=True, cpu_offload=True, **more)
-
-
-def _wrapped(accelerator: Any) -> tuple[Any, Any]:
-    return accelerator._models[0], accelerator._optimizers[0].optimizer
 
 
 def _random(accelerator: Any) -> str:

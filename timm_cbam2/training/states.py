@@ -12,10 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ..errors import UserError, one_line
 
-__all__ = ["NO_STATE", "refuse_code", "read_state", "write_state"]
+__all__ = ["NO_STATE", "pack", "read_state", "refuse_code", "unpack", "write_state"]
 
 KEY = "timm_cbam2"  # of the header's metadata
 # What reading something else than a state raises: each of them is a file that is not what it should be.
@@ -39,9 +40,8 @@ def write_state(state: Any, file: Path) -> None:
     Raises:
         TypeError: something else is in it.
     """
-    tensors: dict[str, Tensor] = {}
-    tree = json.dumps(_pack(state, (), tensors, set()))
-    save_file(tensors, file, metadata={"format": "pt", KEY: tree})
+    tree, tensors = pack(state)
+    save_file(tensors, file, metadata={"format": "pt", KEY: json.dumps(tree)})
 
 
 def read_state(file: Path, device: str = "cpu") -> Any:
@@ -53,7 +53,7 @@ def read_state(file: Path, device: str = "cpu") -> Any:
     try:
         with safe_open(file, "pt", device=device) as content:
             tree = json.loads(content.metadata()[KEY])
-            return _unpack(tree, {name: content.get_tensor(name) for name in content.keys()})
+            return unpack(tree, {name: content.get_tensor(name) for name in content.keys()})
     except NO_STATE as error:
         raise UserError(
             f"{file} holds no state of a run ({one_line(error, 120)}), so nothing of it is used: bring back a copy, or "
@@ -61,16 +61,26 @@ def read_state(file: Path, device: str = "cpu") -> Any:
         ) from error
 
 
+def pack(state: Any) -> tuple[Any, dict[str, Tensor]]:
+    """`state` as JSON, and its tensors by where they stand in it."""
+    tensors: dict[str, Tensor] = {}
+    return _pack(state, (), tensors, set()), tensors
+
+
 def _pack(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor], storages: set[int]) -> Any:
-    """`value` as JSON; its tensors go to `tensors`, by where they stand in it."""
     if isinstance(value, np.generic):
         value = value.item()
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     name = ".".join(path)
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, np.ndarray):
         tensors[name] = torch.from_numpy(np.array(value))
         return {"array": name}
+    if isinstance(value, DTensor):  # a shard of its own, which no other has part of
+        tensors[name] = value
+        return {"tensor": name}
     if isinstance(value, Tensor):
         value = value.detach()
         storage = value.untyped_storage().data_ptr()
@@ -88,9 +98,10 @@ def _pack(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor], storage
     raise TypeError(f"{name or 'the state'} is {type(value).__name__}, which a checkpoint cannot hold")
 
 
-def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+def unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """What `pack` was given."""
     if isinstance(tree, list):
-        return [_unpack(part, tensors) for part in tree]
+        return [unpack(part, tensors) for part in tree]
     if not isinstance(tree, dict):
         return tree
     kind = next(iter(tree))
@@ -101,10 +112,12 @@ def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return value.permute([tree["order"].index(d) for d in range(value.ndim)])
     if kind == "array":
         return tensors[tree[kind]].numpy()
+    if kind == "dtype" and isinstance(getattr(torch, tree[kind]), torch.dtype):
+        return getattr(torch, tree[kind])
     if kind == "tuple":
-        return tuple(_unpack(part, tensors) for part in tree[kind])
+        return tuple(unpack(part, tensors) for part in tree[kind])
     if kind == "dict":
-        return {key: _unpack(part, tensors) for key, part in tree[kind]}
+        return {key: unpack(part, tensors) for key, part in tree[kind]}
     raise ValueError(f"unknown kind {kind!r}")
 
 
