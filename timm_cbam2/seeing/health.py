@@ -7,6 +7,7 @@ from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..models.cbam2 import CbamAttention, is_cbam2, record_attention
 
@@ -19,6 +20,11 @@ UNIFORM = 0.9995, 0.002  # entropy above and spread below which there is one
 
 
 @torch.no_grad()
+def _whole(temperature: Tensor) -> float:
+    """A temperature (1,), which one of the processes holds where they divide the model."""
+    return round((temperature.full_tensor() if isinstance(temperature, DTensor) else temperature).item(), 5)
+
+
 def measure(network: nn.Module, images: Tensor) -> dict[str, Any] | None:
     """Numbers for every CBAM2 block of `network`, from one forward pass; it is left in the mode it was in.
 
@@ -85,7 +91,7 @@ def _block(block: nn.Module, seen: CbamAttention) -> dict[str, Any]:
         "branch_names": branch_names(block),
         **_saturated("channel", seen.channel_mask, block.channel.gate),
         **_saturated("spatial", seen.spatial_mask, block.spatial.gate),
-        "temperatures": [round(part.temperature(torch.float32).item(), 5) for part in (block.channel, block.spatial)],
+        "temperatures": [_whole(part.temperature(torch.float32)) for part in (block.channel, block.spatial)],
     }
 
 

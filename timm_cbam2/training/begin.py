@@ -15,7 +15,7 @@ from .automatic import remember
 from .checkpoint import read_info
 from .finish import share_trained
 from .guards import lock
-from .launch import slow_precision
+from .launch import not_divided, slow_precision
 from .loop import Run
 from .prepare import check_resumable
 from .settings import OF_THE_CALL, resolved_text
@@ -63,7 +63,13 @@ def _announce(run: Run, path: Path | None, notes: list[str]) -> None:
     accelerator, settings, images = run.accelerator, run.settings, run.images
     trainable, parameters = run.trained
     processes = run.info["processes"]
-    for note in (*images.notes, *slow_precision(accelerator), *([] if path else run.notes), *notes):
+    for note in (
+        *images.notes,
+        *not_divided(accelerator),
+        *slow_precision(accelerator),
+        *([] if path else run.notes),
+        *notes,
+    ):
         _say_once(run, f"note: {note}")
     if settings["recipe"] is not None:
         _say_once(run, f"recipe {settings['recipe']}: {resolved_text(settings)}")

@@ -12,7 +12,16 @@ from typing import Any, Iterator
 
 from ..errors import QUIET, STOPPED, UserError, command_line, one_line
 
-__all__ = ["is_launched", "launch", "lost_peers", "make_accelerator", "slow_precision", "tracker_names", "usable_cpus"]
+__all__ = [
+    "is_launched",
+    "launch",
+    "lost_peers",
+    "make_accelerator",
+    "not_divided",
+    "slow_precision",
+    "tracker_names",
+    "usable_cpus",
+]
 
 TIMEOUT = timedelta(minutes=10)  # a process that neither answers nor dies ends the run after this
 
@@ -147,6 +156,14 @@ def make_accelerator(settings: dict[str, Any], log_folder: str | None) -> Any:
             "the number, or leave the launcher out"
         )
     return accelerator
+
+
+def not_divided(accelerator: Any) -> list[str]:
+    """A note for the user when FSDP was asked for where Accelerate does not use it; an empty list otherwise."""
+    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if not asked or accelerator.distributed_type.value == "FSDP":
+        return []
+    return ["FSDP was asked for, which Accelerate uses between GPUs only: here each process holds the whole model"]
 
 
 def slow_precision(accelerator: Any) -> list[str]:

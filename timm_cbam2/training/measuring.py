@@ -28,6 +28,9 @@ def measure(run: Any) -> dict[str, Any]:
     """The row of the epoch in hand for metrics.jsonl; a signal meanwhile ends the run as its last step left it."""
     accelerator, at = run.accelerator, run.at
     loss, hits, count = accelerator.reduce(run.sums).tolist()
+    if run.blueprint is not None:  # FSDP, unlike DDP, leaves each process the statistics of its own batches
+        for buffer in run.model.buffers():
+            broadcast(buffer)
     raw = _predict(run, run.network)
     found = raw
     if run.ema is not None:

@@ -258,8 +258,9 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], at_batch: 
                 f"{now['processes']}: give as many, or start a new run"
             )
         notes.append(
-            f"{saved['processes']} processes were used and are now {now['processes']}: steps of {size_now} images as "
-            "before, but not bit-identical"
+            f"{saved['processes']} processes were used and are now {now['processes']}: each step takes the same "
+            f"{size_now} images as before, at the same learning rate; not bit-identical, since BatchNorm and dropout "
+            "see them in other parts, and random generators begin anew"
         )
     changed = [f"{k} {v} is now {now['versions'][k]}" for k, v in saved["versions"].items() if now["versions"][k] != v]
     if changed:
