@@ -10,8 +10,8 @@ from .finetune import finetune
 from .hub.configs import configs
 from .hub.doctor import doctor
 from .hub.export import export
+from .hub.listing import models
 from .hub.push import pull, push
-from .hub.zoo import models
 from .insertion.command import insert
 from .seeing.evaluate import evaluate
 from .seeing.explain import explain

@@ -8,11 +8,10 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Iterator
+from typing import Any, Iterator
 
 import timm
 import torch
-import typer
 from safetensors import SafetensorError
 from timm.models import get_arch_name, parse_model_name
 from torch import nn
@@ -25,7 +24,6 @@ from ..models.reach_cbam2 import promptly
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
 from ..models.saved_cbam2 import overlay_of_folder
 from ..models.weights_cbam2 import WARM_START
-from ..terminal import say
 from .inserted import INSERTED
 from .run_folder import read_settings
 
@@ -35,7 +33,6 @@ __all__ = [
     "class_names",
     "load",
     "meaning",
-    "models",
     "names",
     "pretrained_tags",
     "resolve",
@@ -294,18 +291,3 @@ def run_settings(name: str) -> dict[str, Any] | None:
         if settings is not None:
             return settings | {"folder": str(folder)}
     return None
-
-
-def models(
-    pattern: Annotated[str | None, typer.Argument(help="Part of a name, or a glob such as 'resnet5*'.")] = None,
-) -> None:
-    """List the models: name, parameters, what pretrained=True means, and the tags of the weights to start from."""
-    width = max(map(len, names()))
-    count = weights = 0
-    for row in table(pattern):
-        if not count:
-            say(f"{'model':<{width}}  parameters  pretrained=True loads")
-        count, weights = count + 1, weights + len(row.tags)
-        tags = f": {', '.join(row.tags)}" if row.tags else ""
-        say(f"{row.name:<{width}}  {row.parameters / 1e6:8.2f} M  {row.pretrained}{tags}")
-    say(f"{count} models, {weights} sets of weights; the first tag is the default")

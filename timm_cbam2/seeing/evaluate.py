@@ -110,9 +110,7 @@ def evaluate(
     own = run is not None and (data is None or data == run["data"] or _same_folder(data, run["data"]))
     settings = run if own else {}
     if own:
-        given = {"labels": labels and str(Path(labels).expanduser().resolve()), "multi_label": multi_label}
-        of_run = run | {name: value for name, value in given.items() if value}
-        images = images_of_run(of_run, image_column, label_column, val_split)
+        images = images_of_run(_relabelled(run, labels, multi_label), image_column, label_column, val_split)
     else:
         images = find_images(data, image_column, label_column, labels, multi_label)
         images = images if val_split is None else images.with_val(val_split)
@@ -146,6 +144,12 @@ def evaluate(
     if accelerator.is_main_process:
         _show(result, folder, _write(result, folder, several), images.notes)
     return result
+
+
+def _relabelled(run: dict[str, Any], labels: str | None, multi_label: bool) -> dict[str, Any]:
+    """A run's settings, with the labels that were given in place of its own."""
+    given = {"labels": labels and str(Path(labels).expanduser().resolve()), "multi_label": multi_label}
+    return run | {name: value for name, value in given.items() if value}
 
 
 def _chosen_split(images: Images, split: str | None) -> str:
