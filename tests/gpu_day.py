@@ -17,8 +17,10 @@ import argparse
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -26,6 +28,8 @@ from typing import Any, Callable
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+# Parts are forks, and whoever asked the driver for its devices cannot be forked: ask the management library instead.
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
 
 from gpu_parts import PARTS, Part, Place  # noqa: E402
 
@@ -49,18 +53,22 @@ def _child(place: Place, name: str, function: Callable[[Place], str | None], lim
     os.setsid()
     sys.modules.update(dict.fromkeys(ABSENT))  # also where they are installed: a rehearsal is of the box
     place.part, place.ends = name, time.monotonic() + limit
-    place.say = lambda **row: write(place, {"part": name, **row})
+    place.write = lambda row: write(place, {"part": name, **row})
     try:
         skipped = function(place)
     except BaseException:
         write(place, {"part": name, "status": "failed", "error": traceback.format_exc()[-3000:]})
         raise SystemExit(1) from None
+    if place.wrong:
+        write(place, {"part": name, "status": f"{place.wrong} rows are not ok"})
+        raise SystemExit(1)
     write(place, {"part": name, "status": f"skipped: {skipped}" if skipped else "done"})
 
 
 def run_part(place: Place, name: str, part: Part, limit: float) -> bool:
     """Run one part for at most `limit` seconds; whether it was done."""
     start = time.monotonic()
+    place.scratch = Path(tempfile.mkdtemp(prefix="gpu_day-"))
     # Nothing here has touched the GPU yet, so that a fork may: it spares each part the imports.
     child = multiprocessing.get_context("fork").Process(target=_child, args=(place, name, part.load(), limit))
     child.start()
@@ -69,6 +77,7 @@ def run_part(place: Place, name: str, part: Part, limit: float) -> bool:
     if killed:
         os.killpg(child.pid, signal.SIGKILL)
         child.join()
+    shutil.rmtree(place.scratch, ignore_errors=True)
     row = {"part": name, "seconds": round(time.monotonic() - start, 1)}
     if killed or child.exitcode not in (0, 1):
         row["status"] = f"killed after its {limit:.0f} s" if killed else f"died with exit code {child.exitcode}"

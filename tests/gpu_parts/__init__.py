@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import time
-from dataclasses import dataclass, field
+import traceback
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 __all__ = ["PARTS", "Part", "Place"]
 
@@ -22,7 +24,9 @@ class Place:
     earlier: list[dict[str, Any]]  # rows of calls before this one
     part: str = ""
     ends: float = 0.0  # of time.monotonic()
-    say: Callable[..., None] = field(default=lambda **row: None)  # writes a row of results
+    scratch: Path = Path()  # a folder that goes with the part
+    wrong: int = 0  # rows that are not ok
+    write: Callable[[dict[str, Any]], None] = print
 
     @property
     def cuda(self) -> bool:
@@ -32,6 +36,19 @@ class Place:
     def left(self) -> float:
         """Seconds until this part is killed."""
         return self.ends - time.monotonic()
+
+    def say(self, **row: Any) -> None:
+        """Write a row of results."""
+        self.wrong += row.get("ok") is False
+        self.write(row)
+
+    @contextmanager
+    def going_on(self, **row: Any) -> Iterator[None]:
+        """What fails inside is a row that is not ok, and the part goes on."""
+        try:
+            yield
+        except Exception:
+            self.say(**row, ok=False, error=traceback.format_exc()[-2000:])
 
     def check(self, error: float, bound: float, **row: Any) -> None:
         """Write a row with `error`, and whether it is within `bound`; NaN never is."""

@@ -150,7 +150,8 @@ def _positions(place: Place) -> tuple[Pictures, Pictures]:
     count, val = (256, 64) if place.quick else (position.TRAIN + position.VAL, position.VAL)
     images, labels = position.make(count)
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    whole = Pictures(pixels, torch.from_numpy(labels), (127.5,) * 3, (63.0,) * 3).to(place.device)
+    truth = torch.from_numpy(labels).to(place.device)
+    whole = Pictures(pixels.to(place.device), truth, (127.5,) * 3, (63.0,) * 3)
     return whole.select(slice(0, count - val)), whole.select(slice(count - val, None))
 
 

@@ -62,7 +62,7 @@ def claims(place: Place) -> None:
 
 def _pictures(place: Place, samples: Any) -> Pictures:
     pixels, labels = torch.from_numpy(samples.images)[:, None], torch.from_numpy(samples.labels)
-    return Pictures(pixels, labels, (training.MEAN,), (training.STD,)).to(place.device)
+    return Pictures(pixels.to(place.device), labels.to(place.device), (training.MEAN,), (training.STD,))
 
 
 def _fleet(place: Place, job: dict[str, Any], networks: list[nn.Module], seeds: list[int], epochs: int) -> Fleet:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from timm_cbam2.training.optimise import freeze, keep_frozen, make_loss, make_op
 __all__ = ["Crops", "Fleet", "Pictures"]
 
 WARM_UP = 3  # passes before a graph is captured
+CHUNK = 5000  # images that are cropped at a time
 
 
 @dataclass(frozen=True)
@@ -33,25 +34,21 @@ class Crops:
     mirror: bool = True
 
 
-@dataclass(frozen=True)
 class Pictures:
     """Bytes (N, C, H, W) with labels (N,), and what they become: (x - mean) / std of bytes, by channel (C,)."""
 
-    images: Tensor
-    labels: Tensor
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def to(self, device: str) -> Pictures:
-        return Pictures(self.images.to(device), self.labels.to(device), self.mean, self.std)
+    def __init__(self, images: Tensor, labels: Tensor, mean: Sequence[float], std: Sequence[float]):
+        self.images, self.labels = images, labels
+        # On the device beforehand: a CUDA graph takes nothing from the CPU.
+        self.mean, self.std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (mean, std))
 
     def select(self, indices: Any) -> Pictures:
-        return Pictures(self.images[indices], self.labels[indices], self.mean, self.std)
+        mean, std = (v.flatten().tolist() for v in (self.mean, self.std))
+        return Pictures(self.images[indices], self.labels[indices], mean, std)
 
     def input(self, images: Tensor) -> Tensor:
         """What a network is given for bytes (B, C, H, W)."""
-        mean, std = (torch.tensor(v, device=images.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        x = (images.float() - mean) / std
+        x = (images.float() - self.mean) / self.std
         return x.expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
 
 
@@ -84,12 +81,8 @@ class Fleet:
         self.optimizers = [make_optimizer(network, {**settings, **fused}) for network in networks]
         self.schedules = [make_schedule(optimizer, settings, self.steps) for optimizer in self.optimizers]
         self.criterion, _ = make_loss(settings, 1)
-        count, _, height, width = train.images.shape
-        self.x = [
-            torch.empty(self.batch, 3, height, width, device=self.device).contiguous(memory_format=torch.channels_last)
-            for _ in networks
-        ]
-        self.y = [torch.zeros(self.batch, dtype=torch.long, device=self.device) for _ in networks]
+        self.x = [torch.zeros_like(train.images[: self.batch]) for _ in networks]
+        self.y = [torch.zeros_like(train.labels[: self.batch]) for _ in networks]
         self.padded = train.images
         if crops is not None:
             pad = (crops.pad,) * 4
@@ -122,7 +115,7 @@ class Fleet:
     def _pass(self, i: int) -> None:
         """Forward and backward of network `i` on the batch in its place."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings["mixed_precision"] == "bf16"):
-            logits = self.networks[i](self.x[i])
+            logits = self.networks[i](self.train.input(self.x[i]))
         self.criterion(logits.float(), self.y[i]).backward()
 
     def _capture(self) -> None:
@@ -161,13 +154,19 @@ class Fleet:
             keep_frozen(network)
         generators = [self._generator(seed, number) for seed in self.seeds]
         orders = [torch.randperm(len(self.train.labels), device=self.device, generator=g) for g in generators]
+        # An epoch's crops at once: a step then launches two copies for a network.
+        images = [
+            torch.cat([self._augmented(part, generator) for part in order.split(CHUNK)])
+            for order, generator in zip(orders, generators)
+        ]
+        labels = [self.train.labels[order] for order in orders]
         if self.cuda and self.graph is None:
             self._capture()
         for step in range(self.steps):
-            for i, (order, generator) in enumerate(zip(orders, generators)):
-                chosen = order[step * self.batch : (step + 1) * self.batch]
-                self.x[i].copy_(self.train.input(self._augmented(chosen, generator)))
-                self.y[i].copy_(self.train.labels[chosen])
+            batch = slice(step * self.batch, (step + 1) * self.batch)
+            for i in range(len(self.networks)):
+                self.x[i].copy_(images[i][batch])
+                self.y[i].copy_(labels[i][batch])
             if self.graph is not None:
                 self.graph.replay()  # writes the gradients anew
             else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -31,7 +30,7 @@ FSDP = ROOT / "timm_cbam2" / "training" / "recipes" / "accelerate" / "fsdp_8.yam
 
 def _environment(place: Place) -> dict[str, str]:
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place.out / "cache")}
+    return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "HF_HOME": str(place.scratch / "cache")}
 
 
 def _finetune(place: Place, folder: Path, *more: str) -> list[str]:
@@ -47,7 +46,7 @@ def _finetune(place: Place, folder: Path, *more: str) -> list[str]:
 
 def _few(place: Place) -> str:
     """A folder of 40 digits, of two classes."""
-    folder = place.out / "few"
+    folder = place.scratch / "few"
     for name, digit in (("zero", 0), ("one", 1)):
         if not (folder / name).exists():
             found = load_digits()
@@ -80,8 +79,7 @@ def _apart(one: Path, other: Path) -> dict[str, Any]:
 
 
 def loop(place: Place) -> None:
-    base = place.out / "loop"
-    shutil.rmtree(base, ignore_errors=True)
+    base = place.scratch
     whole, again, killed = (base / name for name in ("whole", "again", "killed"))
     start = time.monotonic()
     _run(place, _command(_finetune(place, whole)))
@@ -110,13 +108,11 @@ def loop(place: Place) -> None:
     found = _apart(whole, killed)
     # On a CPU it is promised; on a GPU some of cuDNN's sums come in another order each time.
     place.say(what="killed and resumed", **found, **({} if place.cuda else {"ok": found["bit_identical"]}))
-    shutil.rmtree(base)
 
 
 def processes(place: Place) -> None:
     """One process on the one GPU there is, through the code for many; on a CPU two."""
-    base = place.out / "processes"
-    shutil.rmtree(base, ignore_errors=True)
+    base = place.scratch
     count = "1" if place.cuda else "2"
     module = ["-m", "timm_cbam2.finetune"]
     plain = base / "plain"
@@ -127,10 +123,11 @@ def processes(place: Place) -> None:
         size = half.index("--batch-size") + 1
         half[size] = str(int(half[size]) // 2)
     on_cpu = {} if place.cuda else {"ACCELERATE_USE_CPU": "true"}
-    start = time.monotonic()
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--standalone"]
-    _run(place, [*torchrun, *module, *half], **on_cpu)
-    _said(place, "DDP", base / "ddp", plain, start)
+    with place.going_on(what="DDP"):
+        start = time.monotonic()
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", count, "--standalone"]
+        _run(place, [*torchrun, *module, *half], **on_cpu)
+        _said(place, "DDP", base / "ddp", plain, start)
     if not place.cuda:
         place.say(what="FSDP2", skipped="on CPUs it is among the tests of training")
         return

@@ -31,7 +31,7 @@ def cifar(place: Place) -> tuple[Pictures, Pictures, bool]:
         images = (noise + shade).clamp(0, 255).byte()
     cut = len(labels) - min(VAL, len(labels) // 4)
     mean, std = (tuple(255 * value for value in values) for values in (MEAN, STD))
-    whole = Pictures(images, labels, mean, std).to(place.device)
+    whole = Pictures(images.to(place.device), labels.to(place.device), mean, std)
     return whole.select(slice(0, cut)), whole.select(slice(cut, None)), place.data is not None
 
 

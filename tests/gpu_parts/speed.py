@@ -26,7 +26,7 @@ def box(place: Place) -> None:
     found = machine(place.device)
     if place.cuda:
         found["memory_gb"] = round(torch.cuda.get_device_properties(0).total_memory / 1e9, 1)
-        found["bytes_per_second"] = {name: round(value / 1e9) for name, value in bandwidth(place.device).items()}
+        found["copy_gb_per_second"] = {name: round(value / 1e9) for name, value in bandwidth(place.device).items()}
     side = 256 if place.quick else 8192
     a, b = (torch.randn(side, side, device=place.device, dtype=torch.bfloat16) for _ in range(2))
     times = time_in_turn({"product": lambda: a @ b}, 3 if place.quick else 20, place.device)["product"]
@@ -51,7 +51,9 @@ def speed(place: Place) -> None:
                 place.say(left=[model, dtype, "compiled" if compiled else "eager"])
                 continue
             setup = Setup(model, dtype=dtype, device=place.device, **size)
-            _measure(place, setup, training, (*EAGER[:1], *COMPILED) if compiled else EAGER)
+            names = (*EAGER[:1], *COMPILED) if compiled else EAGER
+            with place.going_on(**setup.as_dict(), training=training, variants=names):
+                _measure(place, setup, training, names)
 
 
 def _measure(place: Place, setup: Setup, training: bool, names: tuple[str, ...]) -> None:
