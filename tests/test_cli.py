@@ -31,6 +31,12 @@ for name in ("finetune", "ablation", "cli"):
     assert done.code == 0 and done.out.count("Usage: ") == 3 and done.err == "", done
 
 
+def test_output_is_o_for_short_in_every_command(run):
+    """All in one process would not see what typer makes of each: two commands whose source does not say so."""
+    for verb in ("export", "evaluate"):
+        assert "-o, --output" in run(verb, "--help").out or "--output, -o" in run(verb, "--help").out, verb
+
+
 def test_models(run, refused):
     result = run("models", "resnet5*")
     assert result.code == 0, result

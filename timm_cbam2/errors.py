@@ -129,7 +129,14 @@ def command_line() -> list[str] | None:
 
 
 class _Command(TyperCommand):
-    """A command whose help is grouped by `rich_help_panel` and whose repeatable options take several values."""
+    """A command whose help is grouped by `rich_help_panel`, whose repeatable options take several values, and whose
+    `--output` is `-o` for short as in every other."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for parameter in self.params:
+            if "--output" in parameter.opts and "-o" not in parameter.opts:
+                parameter.opts.append("-o")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}

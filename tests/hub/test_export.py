@@ -63,6 +63,26 @@ def test_torchscript_of_any_batch_and_size(name, tmp_path):
         assert torch.allclose(loaded(x), network(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name, side", [("test_resnet_cbam2", 32), ("test_resnet_cbam2", 24), ("resnet20_cbam2", 4)])
+def test_a_deepest_map_of_one_position_fixes_no_size(name, side, tmp_path):
+    network = model(name, cbam2=dict(router_pool="moments"))
+    deepest = network.forward_features(torch.randn(1, 3, side, side))
+    assert deepest.shape[2:] == (1, 1)
+    assert export_pt2(network, tmp_path / "m.pt2", (3, side, side)) < 1e-4
+    loaded = torch.export.load(tmp_path / "m.pt2").module()
+    for shape in ((1, 3, side, side), (2, 3, 96, 64), (3, 3, 33, side)):
+        x = torch.randn(shape)
+        with torch.no_grad():
+            assert torch.allclose(loaded(x), network(x), rtol=1e-4, atol=1e-4)
+
+
+def test_openvino_computes_the_same(tmp_path):
+    pytest.importorskip("openvino", reason="openvino is not installed")
+    pytest.importorskip("onnxscript")
+    network = model("resnet20_cbam2", cbam2_stages=[2])
+    assert export_onnx(network, tmp_path / "m.onnx", (3, 8, 8), checks=["openvino"]) < 1e-4
+
+
 def test_what_differs_is_not_written(tmp_path):
     network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), timm_cbam2.Cbam2(8)).eval()
     for file, write in (("m.pt2", export_pt2), ("m.pt", export_torchscript)):
@@ -102,11 +122,13 @@ def test_what_torch_refuses_is_said_in_one_line(tmp_path):
 def test_the_command(run, refused, tmp_path):
     refused("export", "resnet20_cbam2", words=["--onnx", "--torch-export", "--torchscript"])
     refused("export", "resnet21_cbam2", "--torch-export", words=["resnet20_cbam2"])
+    refused("export", "resnet20_cbam2", "--onnx", "--check", "tvm", words=["--check tvm", "openvino"])
+    refused("export", "resnet20_cbam2", "--torch-export", "--check", "openvino", words=["--check openvino", "--onnx"])
     (tmp_path / "file").write_text("")
     blocked = ("--torchscript", "--no-pretrained", "--output", tmp_path / "file")
     refused("export", "resnet20_cbam2", *blocked, words=[tmp_path / "file", "cannot be written"])
     formats = ("--torch-export", "--torchscript")
-    result = run("export", "test_resnet_cbam2", *formats, "--no-pretrained", "--output", tmp_path)
+    result = run("export", "test_resnet_cbam2", *formats, "--no-pretrained", "--img-size", "32", "-o", tmp_path)
     assert result.code == 0 and result.err == "", result
     assert result.out.count("largest difference") == 2
     assert all((tmp_path / f"test_resnet_cbam2.{suffix}").is_file() for suffix in ("pt", "pt2"))

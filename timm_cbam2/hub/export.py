@@ -6,8 +6,9 @@ import io
 import os
 import warnings
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Callable, Iterator
+from typing import Annotated, Any, Callable, Iterator, Sequence
 
 import torch
 import typer
@@ -58,10 +59,54 @@ def _samples(size: tuple[int, int, int]) -> list[Tensor]:
     return [torch.randn(batch, channels, h, w, generator=generator) for batch, h, w in shapes]
 
 
-def _write(
-    path: Path, model: nn.Module, size: tuple[int, int, int], save: Callable, reopen: Callable, tolerance: float
+def _compare(
+    path: Path, model: nn.Module, size: tuple[int, int, int], run: Callable[[Tensor], Tensor], tolerance: float
 ) -> float:
-    """Save beside `path`, compare what was saved with the model, and only then give it its name."""
+    """The largest difference between what `run` and the model compute, on several sizes."""
+    worst = 0.0
+    for images in _samples(size):
+        with torch.no_grad(), _refusals(f"{path} was not written: images of shape {tuple(images.shape)} fail"):
+            expected = model(images)
+            got = run(images)
+        difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
+        if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+            raise UserError(
+                f"{path} was not written: for images of shape {tuple(images.shape)} the exported model differs by "
+                f"{difference:.2g}, more than {tolerance:g}; please report this with the model's name"
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _in_onnxruntime(file: Path) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
+
+
+def _in_openvino(file: Path) -> Callable[[Tensor], Tensor]:
+    import openvino
+
+    with _refusals("OpenVINO cannot compile this model"):
+        # Some processors would compute in bf16 otherwise.
+        compiled = openvino.compile_model(file, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
+
+
+CHECKS = {"openvino": _in_openvino}
+
+
+def _write(
+    path: Path,
+    model: nn.Module,
+    size: tuple[int, int, int],
+    save: Callable[[Path], None],
+    reopen: Sequence[Callable[[Path], Callable[[Tensor], Tensor]]],
+    tolerance: float,
+) -> float:
+    """Save beside `path`, compare what each of `reopen` makes of it with the model, and only then give it its name."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,19 +117,7 @@ def _write(
             save(temporary)
         except OSError as error:
             raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
-        run = reopen(temporary)
-        worst = 0.0
-        for images in _samples(size):
-            with torch.no_grad(), _refusals(f"{path} was not written: images of shape {tuple(images.shape)} fail"):
-                expected = model(images)
-                got = run(images)
-            difference = (got - expected).abs().max().item() if got.shape == expected.shape else float("inf")
-            if not difference <= tolerance * max(1.0, expected.abs().max().item()):
-                raise UserError(
-                    f"{path} was not written: for images of shape {tuple(images.shape)} the exported model differs by "
-                    f"{difference:.2g}, more than {tolerance:g}; please report this with the model's name"
-                )
-            worst = max(worst, difference)
+        worst = max(_compare(path, model, size, each(temporary), tolerance) for each in reopen)
         os.replace(temporary, path)
     finally:
         with suppress(OSError):  # a file that could not be made
@@ -93,7 +126,11 @@ def _write(
 
 
 def export_onnx(
-    model: nn.Module, path: str | os.PathLike[str], size: tuple[int, int, int], tolerance: float = TOLERANCE
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    size: tuple[int, int, int],
+    tolerance: float = TOLERANCE,
+    checks: Sequence[str] = (),
 ) -> float:
     """Write `model` to an ONNX file with free batch, height and width, and compare it in onnxruntime on several sizes.
 
@@ -102,6 +139,7 @@ def export_onnx(
         path: File to write, whole or not at all.
         size: (channels, H, W) to trace with.
         tolerance: Largest difference allowed, times the largest output where that is above 1.
+        checks: Other runtimes to compare the file in: "openvino".
 
     Returns:
         The largest difference seen.
@@ -111,6 +149,8 @@ def export_onnx(
             the file cannot be written, or computes something else.
     """
     require("onnx", "onnxscript", "onnxruntime", extra="onnx")
+    for check in checks:
+        require(check, extra=check)
     model = _ready(model)
 
     def save(file: Path) -> None:
@@ -121,13 +161,7 @@ def export_onnx(
             )
         program.save(file)
 
-    def reopen(file: Path) -> Callable[[Tensor], Tensor]:
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(file.read_bytes(), providers=["CPUExecutionProvider"])
-        name = session.get_inputs()[0].name
-        return lambda images: torch.from_numpy(session.run(None, {name: images.numpy()})[0])
-
+    reopen = [_in_onnxruntime, *(CHECKS[check] for check in checks)]
     return _write(Path(path), model, size, save, reopen, tolerance)
 
 
@@ -142,7 +176,7 @@ def export_pt2(
         torch.export.save(_program(model, size), buffer)
         file.write_bytes(buffer.getbuffer())
 
-    return _write(Path(path), model, size, save, lambda file: torch.export.load(file).module(), tolerance)
+    return _write(Path(path), model, size, save, [lambda file: torch.export.load(file).module()], tolerance)
 
 
 def export_torchscript(
@@ -167,7 +201,7 @@ def export_torchscript(
             warnings.filterwarnings("ignore", category=FutureWarning)
             return torch.jit.load(file)
 
-    return _write(Path(path), model, size, save, reopen, tolerance)
+    return _write(Path(path), model, size, save, [reopen], tolerance)
 
 
 def export(
@@ -178,7 +212,10 @@ def export(
     ] = False,
     torchscript: Annotated[bool, typer.Option("--torchscript", help="Write MODEL.pt, for torch.jit.load.")] = False,
     output: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("."),
-    img_size: Annotated[int | None, typer.Option(min=32, help="Side in pixels to trace with; others work too.")] = None,
+    check: Annotated[
+        list[str] | None, typer.Option(help="Compare the ONNX file in another runtime too: openvino (extra openvino).")
+    ] = None,
+    img_size: Annotated[int | None, typer.Option(min=1, help="Side in pixels to trace with; others work too.")] = None,
     pretrained: Annotated[bool, typer.Option(help="With its weights; --no-pretrained for random ones.")] = True,
 ) -> dict[str, Any]:
     """Export a model, with free batch and image size; it is compared with the original before it is called done.
@@ -189,6 +226,12 @@ def export(
     """
     if not (onnx or torch_export or torchscript):
         raise UserError("say what to write: --onnx, --torch-export, --torchscript, or several of them")
+    for name in check or ():
+        if name not in CHECKS:
+            raise UserError(f"--check {name} is no runtime known here; give {', '.join(CHECKS)}")
+        if not onnx:
+            raise UserError(f"--check {name} reads the ONNX file: add --onnx")
+        require(name, extra=name)
     if onnx:
         require("onnx", "onnxscript", "onnxruntime", extra="onnx")
     resolved = resolve(model)
@@ -202,7 +245,7 @@ def export(
     formats = (
         (torchscript, ".pt", export_torchscript),
         (torch_export, ".pt2", export_pt2),
-        (onnx, ".onnx", export_onnx),
+        (onnx, ".onnx", partial(export_onnx, checks=check or ())),
     )
     for wanted, suffix, write in formats:
         if wanted:

@@ -146,8 +146,9 @@ class Cbam2(nn.Module):
             y = self.spatial(self.channel(x))
             return y if shortcut is None else y + shortcut
         if is_traced(x):
-            y = as_one_node(self, x) if x.tracer.root is not self else self.spatial(self.channel(x))
-            return _end(y, shortcut, act)
+            if x.tracer.root is self:  # then shortcut and act are stand-ins too
+                return self.spatial(self.channel(x))
+            return _end(as_one_node(self, x), shortcut, act)
         if not x.is_floating_point():
             raise ValueError(f"Features of dtype {x.dtype} have no masks; give x as floating-point numbers.")
         channels = self.channel.fc1.in_channels

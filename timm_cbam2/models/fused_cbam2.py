@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .parts_cbam2 import has_hooks, no_autocast
 from .passes_cbam2 import Affine, End, Small, passes_for
+from .small_backward_cbam2 import channel_backward, spatial_backward
 from .small_cbam2 import channel_mask, channel_weights, kept_spatial_weights, spatial_mask, spatial_weights
 
 __all__ = ["can_fuse", "fused", "fused_without_grad", "needs_gradient", "train_affine"]
@@ -57,7 +58,9 @@ class _Call(NamedTuple):
     relu: bool = False
     drop: Optional[torch.Tensor] = None  # (B,), what stochastic depth multiplies each sample's branch by
     norm: Optional[nn.Module] = None  # a BatchNorm that x has yet to pass
+    names: Tuple[str, ...] = ()  # of the parameters of the channel part, then of the spatial part
     channel_parameters: int = 0
+    by_hand: bool = False  # the small networks need no graph
 
 
 class _Graphs(NamedTuple):
@@ -76,7 +79,7 @@ def _channel(call: _Call, squeezes: torch.Tensor) -> torch.Tensor:
 
 def _spatial(call: _Call, maps: torch.Tensor, convolve: Any) -> torch.Tensor:
     part = call.block.spatial
-    weigh = spatial_weights if torch.is_grad_enabled() else kept_spatial_weights
+    weigh = kept_spatial_weights if not (torch.is_grad_enabled() or call.by_hand) else spatial_weights
     height, width = maps.shape[2:]
     sa = spatial_mask(part, weigh(part, height, width, maps.dtype), maps, convolve)
     return sa if call.drop is None else sa * call.drop.to(sa.dtype)[:, None, None]
@@ -84,7 +87,7 @@ def _spatial(call: _Call, maps: torch.Tensor, convolve: Any) -> torch.Tensor:
 
 def _forward(call: _Call, passes: Any, end: End, with_grad: bool) -> Tuple[torch.Tensor, Small, Optional[_Graphs]]:
     """The output, the small tensors, and their graphs where they are needed and were not left for the backward."""
-    if passes.whole is not None:
+    if passes.whole is not None and not with_grad:
         return (*passes.whole(call.block, end, call.drop), None)
     squeezes = passes.squeeze()
     with torch.set_grad_enabled(with_grad):
@@ -94,12 +97,6 @@ def _forward(call: _Call, passes: Any, end: End, with_grad: bool) -> Tuple[torch
         sa = _spatial(call, maps.requires_grad_(with_grad), passes.convolve)
     small = Small(squeezes.detach(), ca.detach(), maps.detach(), sa.detach())
     return passes.finish(small.ca, small.sa, end), small, _Graphs(squeezes, ca, maps, sa)
-
-
-def _graphs_of(call: _Call, small: Small, convolve: Any) -> _Graphs:
-    with torch.enable_grad():
-        squeezes, maps = small.squeezes.detach().requires_grad_(), small.maps.detach().requires_grad_()
-        return _Graphs(squeezes, _channel(call, squeezes), maps, _spatial(call, maps, convolve))
 
 
 def _train_norm(norm: nn.Module, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -127,7 +124,7 @@ class _Cbam2Function(torch.autograd.Function):
             normalised, mean, invstd = _train_norm(call.norm, x)
             passes = passes_for(normalised, owned=True)
         end = End(shortcut, gamma, call.relu, call.drop is not None)
-        out, small, graphs = _forward(call, passes, end, with_grad=True)
+        out, small, graphs = _forward(call, passes, end, with_grad=not call.by_hand)
         ctx.call, ctx.small, ctx.graphs, ctx.again = call, small, graphs, passes.again
         kept = out if call.relu else None
         ctx.save_for_backward(x, shortcut, gamma, weight, bias, mean, invstd, kept, *rest)
@@ -140,12 +137,10 @@ class _Cbam2Function(torch.autograd.Function):
             return (None, *_recompute(ctx, g, [x, shortcut, gamma, weight, bias, *parameters]))
         affine = None if mean is None else train_affine(weight, bias, mean, invstd)
         passes = ctx.again(x, affine)  # as in the forward pass, whatever was switched on or off since
-        squeezes, ca, maps, sa = ctx.graphs or _graphs_of(ctx.call, ctx.small, passes.convolve)
         g_sa = passes.start_backward(g, ctx.small, gamma, out)
-        count, needs = ctx.call.channel_parameters, ctx.needs_input_grad[6:]
-        g_maps, *spatial_grads = _differentiate(sa, maps, parameters[count:], needs[count:], g_sa)
+        g_maps, spatial_grads = _small_backward(ctx, True, parameters, g_sa, passes)
         g_ca = passes.channel_gradient(g_maps[:, 0], g_maps[:, 1])
-        g_squeezes, *channel_grads = _differentiate(ca, squeezes, parameters[:count], needs[:count], g_ca)
+        g_squeezes, channel_grads = _small_backward(ctx, False, parameters, g_ca, passes)
         g_gamma = passes.gamma_gradient() if ctx.needs_input_grad[3] else None
         g_x = g_weight = g_bias = None
         if ctx.needs_input_grad[1] or affine is not None:
@@ -154,13 +149,31 @@ class _Cbam2Function(torch.autograd.Function):
         return (None, g_x, g_shortcut, g_gamma, g_weight, g_bias, *channel_grads, *spatial_grads)
 
 
-def _differentiate(output: torch.Tensor, squeezes: torch.Tensor, parameters: Sequence, needs: Sequence, g: Any) -> List:
-    """Gradients of one of the small networks: of its squeezes, then of every parameter, None where it has none."""
+def _small_backward(ctx: Any, is_spatial: bool, parameters: Sequence, g: torch.Tensor, passes: Any) -> Tuple:
+    """Of one of the small networks: the gradient of its squeezes, and those of its parameters, None where none is
+    needed."""
+    call, count = ctx.call, ctx.call.channel_parameters
+    own = slice(count, None) if is_spatial else slice(count)
+    mine, needs = parameters[own], ctx.needs_input_grad[6:][own]
+    if not call.by_hand:
+        squeezes, ca, maps, sa = ctx.graphs
+        return _differentiate(sa if is_spatial else ca, maps if is_spatial else squeezes, mine, needs, g)
+    named = dict(zip(call.names[own], mine))
+    if is_spatial:
+        g_in, grads = spatial_backward(call.block.spatial, named, ctx.small.maps, g, call.drop, passes.kernel)
+    else:
+        g_in, grads = channel_backward(call.block.channel, named, ctx.small.squeezes, g)
+    wanted = [grads[name].to(p.dtype) if need else None for (name, p), need in zip(named.items(), needs)]
+    return g_in, wanted
+
+
+def _differentiate(output: torch.Tensor, squeezes: torch.Tensor, parameters: Sequence, needs: Sequence, g: Any) -> Any:
+    """The same by autograd, for weights that are made of others."""
     needed = [p for p, need in zip(parameters, needs) if need]
     found = torch.autograd.grad(output, [squeezes, *needed], g, retain_graph=True, allow_unused=True)
     rest = iter(found[1:])
     first = torch.zeros_like(squeezes) if found[0] is None else found[0]
-    return [first, *(next(rest) if need else None for need in needs)]
+    return first, [next(rest) if need else None for need in needs]
 
 
 class _Plain(nn.Module):
@@ -225,11 +238,13 @@ def fused(
         drop: (B,), what stochastic depth multiplies each sample's branch by.
         norm: A BatchNorm in training, which x has yet to pass.
     """
-    channel = list(block.channel.parameters())
-    call = _Call(block, end.relu, drop, norm, len(channel))
+    named = [list(part.named_parameters()) for part in (block.channel, block.spatial)]
+    names = tuple(name for part in named for name, _ in part)
+    by_hand = not any("parametrizations" in name for name in names)
+    call = _Call(block, end.relu, drop, norm, names, len(named[0]), by_hand)
     weights = (None, None) if norm is None else (norm.weight, norm.bias)
     with no_autocast(x):
-        inputs = (x, end.shortcut, end.gamma, *weights, *channel, *block.spatial.parameters())
+        inputs = (x, end.shortcut, end.gamma, *weights, *(p for part in named for _, p in part))
         return _Cbam2Function.apply(call, *inputs)
 
 

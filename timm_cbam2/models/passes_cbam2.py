@@ -91,6 +91,7 @@ class TorchPasses:
     """By torch's own operations; on a CPU a few samples at a time, so that memory is read and written once where each
     operation alone would do it again."""
 
+    kernel = None  # compiled operations
     convolve = None
     whole = None  # a kernel's forward pass in one call
 

@@ -7,7 +7,7 @@ nothing is trained.
 
 import functools
 import weakref
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,18 @@ import torch.nn.functional as F
 
 from .parts_cbam2 import apply_gate, coordinates
 
-__all__ = ["channel_mask", "channel_weights", "kept_spatial_weights", "spatial_mask", "spatial_weights"]
+__all__ = [
+    "channel_mask",
+    "channel_weights",
+    "coordinate_rows",
+    "dense_kernels",
+    "dense_kernels_backward",
+    "kept_spatial_weights",
+    "kept_windows",
+    "mixes_samples",
+    "spatial_mask",
+    "spatial_weights",
+]
 
 KEPT_SIZES = 8  # of one block, for images whose size varies
 Router = Tuple[torch.Tensor, Optional[torch.Tensor], torch.Tensor, Optional[torch.Tensor]]
@@ -77,9 +88,12 @@ def channel_mask(part: nn.Module, weights: ChannelWeights, squeezes: torch.Tenso
 
 
 @functools.lru_cache(64)
-def _tap_places(shapes: Tuple[Tuple[int, int], ...], taps: int, device: torch.device, inference: bool) -> torch.Tensor:
-    """Where each place of the dense kernels (K, f, f) finds its tap among those of all branches in a row; where there
-    is none, one past the last: (K·f·f,). `shapes` holds kernel size and dilation."""
+def _tap_places(
+    shapes: Tuple[Tuple[int, int], ...], taps: int, device: torch.device, inference: bool
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Where each place of the dense kernels (K, f, f) finds its tap among those of all branches in a row, and where
+    there is none, one past the last: (K·f·f,); and where each tap is in them. `shapes` holds kernel size and dilation.
+    """
     total = sum(k * k for k, _ in shapes)
     places = torch.full((len(shapes), taps, taps), total)
     first = 0
@@ -88,21 +102,55 @@ def _tap_places(shapes: Tuple[Tuple[int, int], ...], taps: int, device: torch.de
         inner = slice(margin, taps - margin, dilation)
         places[choice, inner, inner] = first + torch.arange(k * k).view(k, k)
         first += k * k
-    return places.flatten().to(device)
+    inverse = places.flatten().argsort(stable=True)[:total]
+    return places.flatten().to(device), inverse.to(device)
 
 
-def _dense_kernels(part: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """`SpatialAttn.kernel`, (K, S, f, f), without an operation for each branch and step."""
+def dense_kernels(part: nn.Module, own: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
+    """`SpatialAttn.kernel`, (K, S, f, f), without an operation for each branch and step; and what its backward takes.
+
+    `own` are the layer's parameters by name.
+    """
     if part.conv is not None:
-        return part.conv.weight.to(dtype)
-    branches = list(part.branches)
-    shapes = tuple((b.dw.kernel_size[0], b.dilation) for b in branches)
-    weights = [b.dw.weight.flatten(1) for b in branches]
-    places = _tap_places(shapes, part.footprint, weights[0].device, torch.is_inference_mode_enabled())
+        return own["conv.weight"].to(dtype), None
+    count = len(part.branches)
+    weights = [own[f"branches.{i}.dw.weight"].flatten(1) for i in range(count)]
+    places = _tap_places(_shapes(part), part.footprint, weights[0].device, torch.is_inference_mode_enabled())[0]
     taps = F.pad(torch.cat(weights, 1).to(dtype), [0, 1])  # (S, taps + 1), the last one 0
-    scale = torch.cat([b.pw.weight.flatten(1) for b in branches]).to(dtype)  # (K, S)
-    dense = taps.index_select(1, places).view(taps.shape[0], len(branches), -1).transpose(0, 1)
-    return (dense * scale[:, :, None]).view(len(branches), -1, part.footprint, part.footprint)
+    scale = torch.cat([own[f"branches.{i}.pw.weight"].flatten(1) for i in range(count)]).to(dtype)  # (K, S)
+    spread = taps.index_select(1, places).view(taps.shape[0], count, -1).transpose(0, 1)  # (K, S, f·f)
+    return (spread * scale[:, :, None]).view(count, -1, part.footprint, part.footprint), (spread, scale)
+
+
+def dense_kernels_backward(
+    part: nn.Module, own: Mapping[str, torch.Tensor], kept: Any, g: torch.Tensor
+) -> Dict[str, torch.Tensor]:
+    """The gradients of the weights, by name, from that of the kernels (K, S, f, f)."""
+    if part.conv is not None:
+        return {"conv.weight": g}
+    spread, scale = kept
+    g = g.flatten(2)  # (K, S, f·f)
+    inverse = _tap_places(_shapes(part), part.footprint, g.device, torch.is_inference_mode_enabled())[1]
+    by_tap = (g * scale[:, :, None]).transpose(0, 1).flatten(1).index_select(1, inverse)  # (S, taps)
+    by_branch = by_tap.split([size * size for size, _ in _shapes(part)], 1)
+    g_scale = (g * spread).sum(2)
+    grads = {}
+    for i, taps in enumerate(by_branch):
+        for name, grad in ((f"branches.{i}.dw.weight", taps), (f"branches.{i}.pw.weight", g_scale[i])):
+            grads[name] = grad.reshape(own[name].shape)
+    return grads
+
+
+def _shapes(part: nn.Module) -> Tuple[Tuple[int, int], ...]:
+    return tuple((branch.dw.kernel_size[0], branch.dilation) for branch in part.branches)
+
+
+def _own(part: nn.Module) -> Dict[str, torch.Tensor]:
+    """The weights that make the kernels, by name, parametrised or not."""
+    if part.conv is not None:
+        return {"conv.weight": part.conv.weight}
+    named = ((f"branches.{i}.{kind}.weight", b, kind) for i, b in enumerate(part.branches) for kind in ("dw", "pw"))
+    return {name: getattr(branch, kind).weight for name, branch, kind in named}
 
 
 def _met_by_taps(x: torch.Tensor, taps: int) -> torch.Tensor:
@@ -121,19 +169,14 @@ def _coordinate_windows(
     return _met_by_taps(torch.ones_like(down), taps), _met_by_taps(down, taps), columns
 
 
-def _convolve_coordinates(
-    kernel: torch.Tensor, windows: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-) -> torch.Tensor:
-    """Convolve the maps X and Y (each depends on one axis only) with kernel (K, 2, f, f), zero padding: (K, H, W).
-
-    A map that is constant along one axis makes the convolution two matrix products.
-    """
-    ones, down, columns = windows
+def coordinate_rows(kernel: torch.Tensor, windows: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """The maps X and Y convolved with kernel (K, 2, f, f) along H: (K·H, 2f). Each depends on one axis only, so that
+    the whole convolution, zeros around, is a matrix product with the windows along W more."""
+    ones, down, _ = windows
     choices, _, taps, _ = kernel.shape
     by_column = kernel.permute(1, 2, 0, 3).flatten(2)  # (2, f, K·f)
     rows = torch.stack([ones @ by_column[0], down @ by_column[1]]).view(2, -1, choices, taps)
-    rows = rows.permute(2, 1, 0, 3).flatten(2)
-    return (rows.flatten(0, 1) @ columns.t()).view(choices, -1, columns.shape[0])  # (K·H, 2f) @ (2f, W)
+    return rows.permute(2, 1, 0, 3).flatten(2).flatten(0, 1)
 
 
 @functools.lru_cache(64)
@@ -142,17 +185,17 @@ def _kept_windows(*size: Any, inference: bool) -> Any:  # a tensor of inference 
         return _coordinate_windows(*size)
 
 
-def _windows(*size: Any) -> Any:
+def kept_windows(*size: Any) -> Any:
     """About sixty small operations on constants, kept between passes."""
     return _kept_windows(*size, inference=torch.is_inference_mode_enabled())
 
 
 def spatial_weights(part: nn.Module, height: int, width: int, dtype: torch.dtype) -> SpatialWeights:
     """Of a `SpatialAttn`, for maps of one size."""
-    kernel, place = _dense_kernels(part, dtype), None  # (K, S, f, f)
+    kernel, place = dense_kernels(part, _own(part), dtype)[0], None  # (K, S, f, f)
     if part.coords:
-        windows = _windows(height, width, part.footprint, kernel.device, dtype)
-        place = _convolve_coordinates(kernel[:, 2:], windows).flatten(1)
+        windows = kept_windows(height, width, part.footprint, kernel.device, dtype)
+        place = (coordinate_rows(kernel[:, 2:], windows) @ windows[2].t()).view(len(kernel), height * width)
     fc1, bias = _dense(part.router.fc1, dtype)
     if part.coords and not part.moments:
         fc1 = fc1[:, :2]  # the mean of a symmetric coordinate is 0
@@ -204,6 +247,11 @@ def _route_maps(part: nn.Module, router: Router, maps: torch.Tensor) -> torch.Te
     return _route(router, pooled)
 
 
+def mixes_samples(maps: torch.Tensor, convolve: Any) -> bool:
+    """Whether the kernels of each sample are mixed before convolving."""
+    return convolve is not None or (maps.device.type == "cpu" and torch.backends.mkldnn.is_available())
+
+
 def spatial_mask(
     part: nn.Module, weights: SpatialWeights, maps: torch.Tensor, convolve: Optional[Callable] = None
 ) -> torch.Tensor:
@@ -216,7 +264,7 @@ def spatial_mask(
     batch, _, height, width = maps.shape
     taps = part.footprint
     mix = _route_maps(part, weights.router, maps)  # (B, K)
-    if convolve is None and not (maps.device.type == "cpu" and torch.backends.mkldnn.is_available()):
+    if not mixes_samples(maps, convolve):
         z = F.conv2d(maps, weights.kernel.view(-1, 2, taps, taps), padding=taps // 2).flatten(2)  # (B, K, H·W)
         z = torch.bmm(mix[:, None], z if weights.place is None else z + weights.place).view(batch, height, width)
     else:

@@ -1,0 +1,244 @@
+"""The backward of the small networks of a CBAM2 block, by hand: a fifth of the operations that autograd would make.
+
+Each function computes its network anew from its squeezes, and gives the gradient of them and of the weights. Weights
+are those of the forward pass, by name, which need not be the ones that the module has by now.
+"""
+
+from typing import Any, Dict, Mapping, Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from .parts_cbam2 import coordinates
+from .small_cbam2 import coordinate_rows, dense_kernels, dense_kernels_backward, kept_windows, mixes_samples
+
+__all__ = ["channel_backward", "spatial_backward"]
+
+Grads = Dict[str, torch.Tensor]
+Own = Mapping[str, torch.Tensor]
+
+
+def _matrix(own: Own, name: str, dtype: torch.dtype) -> torch.Tensor:
+    return own[f"{name}.weight"].flatten(1).to(dtype)
+
+
+def _bias(own: Own, name: str, dtype: torch.dtype) -> Optional[torch.Tensor]:
+    bias = own.get(f"{name}.bias")
+    return None if bias is None else bias.to(dtype)
+
+
+def _dense_backward(own: Own, grads: Grads, name: str, x: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Of y = x @ weight.T + bias: the gradient of x."""
+    grads[f"{name}.weight"] = (g.t() @ x).view_as(own[f"{name}.weight"])
+    if f"{name}.bias" in own:
+        grads[f"{name}.bias"] = g.sum(0)
+    return g @ _matrix(own, name, g.dtype)
+
+
+class _Router:
+    def __init__(self, own: Own, x: torch.Tensor) -> None:
+        self.own, self.x = own, x
+        dtype = x.dtype
+        self.hidden = F.linear(x, _matrix(own, "router.fc1", dtype), _bias(own, "router.fc1", dtype)).relu_()
+        z = F.linear(self.hidden, _matrix(own, "router.fc2", dtype), _bias(own, "router.fc2", dtype))
+        self.weights = z.softmax(-1)
+
+    def backward(self, g: torch.Tensor, grads: Grads) -> torch.Tensor:
+        """The gradient of x from that of the weights."""
+        g = torch._softmax_backward_data(g, self.weights, -1, g.dtype)
+        g = _dense_backward(self.own, grads, "router.fc2", self.hidden, g)
+        g = torch.ops.aten.threshold_backward(g, self.hidden, 0)
+        return _dense_backward(self.own, grads, "router.fc1", self.x, g)
+
+
+def _temperature(part: nn.Module, own: Own, dtype: torch.dtype) -> torch.Tensor:
+    if not part.temperature.learnable:
+        return part.temperature.value.to(dtype)
+    return F.softplus(own["temperature.raw"].to(dtype)) + part.temperature.eps
+
+
+def _gate_backward(part: nn.Module, own: Own, z: torch.Tensor, g: torch.Tensor, grads: Grads) -> torch.Tensor:
+    """The gradient of z from that of gate((z − its mean) / temperature)."""
+    temperature = _temperature(part, own, z.dtype)
+    over = tuple(range(1, z.dim()))
+    if part.center:
+        z = z - z.mean(over, keepdim=True)
+    u = z / temperature
+    if part.gate == "hard_sigmoid":
+        g = torch.ops.aten.hardsigmoid_backward(g, u)
+    else:
+        g = torch.ops.aten.sigmoid_backward(g, torch.sigmoid(u))
+        g = 2 * g if part.gate == "unit_sigmoid" else g
+    g = g / temperature
+    if part.temperature.learnable:
+        raw = own["temperature.raw"].to(z.dtype)
+        # softplus, from 20 on the identity, as torch has it
+        grads["temperature.raw"] = -(g * u).sum() * torch.where(raw > 20, torch.ones_like(raw), raw.sigmoid())
+    return g - g.mean(over, keepdim=True) if part.center else g
+
+
+def channel_backward(part: nn.Module, own: Own, squeezes: torch.Tensor, g: torch.Tensor) -> Tuple[torch.Tensor, Grads]:
+    """Of a `ChannelAttn`.
+
+    Args:
+        part: The layer.
+        own: Its parameters by name.
+        squeezes: (B, 2, C).
+        g: (B, C), the gradient of the mask.
+
+    Returns:
+        The gradient of the squeezes, and those of the parameters by name.
+    """
+    grads: Grads = {}
+    batch, _, channels = squeezes.shape
+    dtype = squeezes.dtype
+    flat = squeezes.view(2 * batch, channels)
+    hidden = F.linear(flat, _matrix(own, "fc1", dtype), _bias(own, "fc1", dtype)).relu_()
+    both = hidden.view(batch, 2, -1)
+    router = None if part.router is None else _Router(own, squeezes.view(batch, 2 * channels))
+    if router is not None:
+        mix = router.weights
+    elif part.fusion_logits is not None:
+        shares = own["fusion_logits"].to(dtype).softmax(0)
+        mix = shares.expand(batch, 2)
+    else:
+        mix = flat.new_ones(batch, 2)
+    mixed = torch.bmm(mix[:, None], both)[:, 0]
+    bias = _bias(own, "fc2", dtype)
+    scale = 2 if part.is_sum else 1  # both squeezes carry the bias
+    z = F.linear(mixed, _matrix(own, "fc2", dtype), None if bias is None else scale * bias)
+    g_mixed = _dense_backward(own, grads, "fc2", mixed, _gate_backward(part, own, z, g, grads))
+    if bias is not None and scale != 1:
+        grads["fc2.bias"] = scale * grads["fc2.bias"]
+    g_hidden = (mix[:, :, None] * g_mixed[:, None]).view_as(hidden)
+    g_flat = _dense_backward(own, grads, "fc1", flat, torch.ops.aten.threshold_backward(g_hidden, hidden, 0))
+    g_squeezes = g_flat.view(batch, 2, channels)
+    if not part.is_sum:
+        g_mix = torch.bmm(both, g_mixed[:, :, None])[:, :, 0]
+        if router is not None:
+            g_squeezes = g_squeezes + router.backward(g_mix, grads).view(batch, 2, channels)
+        else:
+            grads["fusion_logits"] = torch._softmax_backward_data(g_mix.sum(0), shares, 0, dtype)
+    return g_squeezes, grads
+
+
+class _Pooled:
+    """The maps as the router sees them."""
+
+    def __init__(self, part: nn.Module, maps: torch.Tensor) -> None:
+        self.part, self.places = part, maps.shape[2] * maps.shape[3]
+        self.x = maps.mean((2, 3))
+        if part.moments:
+            height, width = maps.shape[2:]
+            self.across = coordinates(width, maps.device, maps.dtype)
+            self.down = coordinates(height, maps.device, maps.dtype)
+            x = maps[:, 0].mean(1) @ self.across / width
+            self.x = torch.cat([self.x, torch.stack([x, maps[:, 0].mean(2) @ self.down / height], 1)], 1)
+        elif part.coords:
+            self.x = F.pad(self.x, [0, 2])  # the mean of a symmetric coordinate is 0
+
+    def backward(self, g: torch.Tensor, g_maps: torch.Tensor) -> torch.Tensor:
+        """g_maps (B, 2, H, W) and what comes by way of the router, g being the gradient of x."""
+        g = g[:, :, None, None] / self.places
+        g_maps = g_maps + g[:, :2]
+        if self.part.moments:
+            g_maps[:, 0] += g[:, 2] * self.across + g[:, 3] * self.down[:, None]
+        return g_maps
+
+
+def spatial_backward(
+    part: nn.Module, own: Own, maps: torch.Tensor, g: torch.Tensor, drop: Optional[torch.Tensor], kernel: Any
+) -> Tuple[torch.Tensor, Grads]:
+    """Of a `SpatialAttn`.
+
+    Args:
+        part: The layer.
+        own: Its parameters by name.
+        maps: (B, 2, H, W).
+        g: (B, H, W), the gradient of the mask times `drop`.
+        drop: (B,), or None for ones.
+        kernel: Compiled convolutions, or None for torch's.
+
+    Returns:
+        The gradient of the maps, and those of the parameters by name.
+    """
+    grads: Grads = {}
+    batch, _, height, width = maps.shape
+    taps, dtype = part.footprint, maps.dtype
+    g = g if drop is None else g * drop.to(dtype)[:, None, None]
+    pooled = _Pooled(part, maps)
+    router = _Router(own, pooled.x)
+    dense, kept = dense_kernels(part, own, dtype)  # (K, S, f, f)
+    seen, choices = dense[:, :2].flatten(1), dense.shape[0]
+    rows, windows = None, None
+    place = None
+    if part.coords:
+        windows = kept_windows(height, width, taps, maps.device, dtype)
+        rows = coordinate_rows(dense[:, 2:], windows)
+        place = (rows @ windows[2].t()).view(choices, height * width)
+    mix = router.weights
+    if mixes_samples(maps, kernel):
+        own_kernels = mix @ seen
+        z, convolution = _convolve_mixed(maps, own_kernels, taps, kernel)
+        if place is not None:
+            z = z + (mix @ place).view(batch, height, width)
+        g_z = _gate_backward(part, own, z, g, grads)
+        g_maps, g_kernels = convolution(g_z)
+        g_mix, g_seen = g_kernels @ seen.t(), mix.t() @ g_kernels
+        flat = g_z.flatten(1)
+        if place is not None:
+            g_mix = g_mix + flat @ place.t()
+        g_place = mix.t() @ flat
+    else:
+        by_branch = F.conv2d(maps, seen.view(choices, 2, taps, taps), padding=taps // 2).flatten(2)
+        by_branch = by_branch if place is None else by_branch + place
+        z = torch.bmm(mix[:, None], by_branch).view(batch, height, width)
+        flat = _gate_backward(part, own, z, g, grads).flatten(1)
+        g_mix = torch.bmm(by_branch, flat[:, :, None])[:, :, 0]
+        g_branch = mix[:, :, None] * flat[:, None]
+        g_place = g_branch.sum(0)
+        g_maps, g_seen = _convolution_backward(
+            g_branch.view(batch, choices, height, width), maps, seen.view(choices, 2, taps, taps), 1
+        )
+        g_seen = g_seen.flatten(1)
+    g_dense = g_seen.view(choices, 2, taps, taps)
+    if part.coords:
+        g_rows = (g_place.view(choices * height, width) @ windows[2]).view(choices, height, 2, taps)
+        g_x = torch.einsum("hi,khj->kij", windows[0], g_rows[:, :, 0])
+        g_y = torch.einsum("hi,khj->kij", windows[1], g_rows[:, :, 1])
+        g_dense = torch.cat([g_dense, torch.stack([g_x, g_y], 1)], 1)
+    grads.update(dense_kernels_backward(part, own, kept, g_dense))
+    return pooled.backward(router.backward(g_mix, grads), g_maps), grads
+
+
+def _convolution_backward(g: torch.Tensor, maps: torch.Tensor, weight: torch.Tensor, groups: int) -> Any:
+    margin = weight.shape[-1] // 2
+    return torch.ops.aten.convolution_backward(
+        g, maps, weight, None, [1, 1], [margin] * 2, [1, 1], False, [0, 0], groups, [True, True, False]
+    )[:2]
+
+
+def _convolve_mixed(maps: torch.Tensor, kernels: torch.Tensor, taps: int, kernel: Any) -> Any:
+    """Each sample's maps with its own kernel, (B, H, W), and the function from its gradient to theirs."""
+    batch, _, height, width = maps.shape
+    if kernel is not None:
+        kernels = kernels.view(batch, 2, taps, taps)
+
+        def compiled(g: torch.Tensor) -> Any:
+            g_maps, g_kernels = kernel.convolve_backward(g.contiguous(), maps, kernels)
+            return g_maps, g_kernels.flatten(1)
+
+        return kernel.convolve(maps, kernels), compiled
+    rows = maps.view(1, 2 * batch, height, width).contiguous(memory_format=torch.channels_last)
+    weight = kernels.view(2 * batch, 1, taps, taps)
+
+    def backward(g: torch.Tensor) -> Any:
+        g = g[:, None].expand(batch, 2, height, width).reshape(1, 2 * batch, height, width)
+        g_maps, g_kernels = _convolution_backward(
+            g.contiguous(memory_format=torch.channels_last), rows, weight, 2 * batch
+        )
+        return g_maps.reshape(batch, 2, height, width), g_kernels.reshape(batch, -1)
+
+    z = F.conv2d(rows, weight, padding=taps // 2, groups=2 * batch)
+    return z.reshape(batch, 2, height, width).sum(1), backward
