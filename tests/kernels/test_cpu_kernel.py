@@ -212,3 +212,16 @@ def test_the_benchmark_has_it_beside_the_others(built, run, tmp_path):
     found = {variant["key"]: variant for variant in case["variants"]}
     assert "training" in found["cbam2_kernel"] and "training" not in found["cbam2_kernel_reparameterized"]
     assert found["cbam2_kernel"]["inference"]["seconds"] > 0 and done.out.count("CBAM2, CPU kernel, ms") == 2
+
+
+def test_its_status_and_building_without_using_it(script, environment, tmp_path):
+    code = "from timm_cbam2 import kernels; s = kernels.status(); print(s['in_use'], s['built'], s['can_build'])"
+    empty = {**environment, "TORCH_EXTENSIONS_DIR": str(tmp_path), "PATH": str(tmp_path), "CXX": "no-such-compiler"}
+    assert script(code, env=empty).out == "False False False\n"
+    failed = script("from timm_cbam2 import kernels; kernels.compile_now()", env=empty)
+    assert failed.code == 1 and "the CPU kernel cannot be built" in failed.err.splitlines()[-1]
+
+
+def test_building_does_not_switch_it_on(built, script, environment):
+    code = "from timm_cbam2 import kernels; kernels.compile_now(); s = kernels.status(); print(s['in_use'], s['built'])"
+    assert script(code, env=environment).out == "False True\n"

@@ -10,10 +10,11 @@ import functools
 import hashlib
 import logging
 import os
+import shutil
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 import torch
 from torch import nn
@@ -41,16 +42,42 @@ def enable_cpu_kernel() -> None:
         RuntimeError: it cannot be built here; the message says why.
     """
     if not hasattr(torch.ops.timm_cbam2_cpu, "forward"):
-        capability = torch.backends.cpu.get_cpu_capability()
-        flags = ["-O3", "-fopenmp", "-ffp-contract=off", *FLAGS.get(capability, [])]
-        texts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())]
-        made_of = [*texts, *flags, torch.__version__, capability]
-        key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
-        root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
-        library = root / f"timm_cbam2_cpu-{key}.so"
-        if not _loads(library):
-            _build(library, flags)
+        build()
     use_passes("cpu", _passes)
+
+
+def _library() -> tuple[Path, list[str]]:
+    """Where the library for this machine, torch and source lies, and the compiler's options."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = ["-O3", "-fopenmp", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+    flags += FLAGS.get(capability, [])
+    texts = [file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())]
+    made_of = [*texts, *flags, torch.__version__, capability]
+    key = hashlib.sha256("\n".join(made_of).encode()).hexdigest()[:16]
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or "~/.cache/torch_extensions").expanduser()
+    return root / f"timm_cbam2_cpu-{key}.so", flags
+
+
+def build() -> Path:
+    """Load the library, built first where it is not there yet; see `timm_cbam2.kernels.compile_now`."""
+    library, flags = _library()
+    if not hasattr(torch.ops.timm_cbam2_cpu, "forward") and not _loads(library):
+        _build(library, flags)
+    return library
+
+
+def state() -> dict[str, Any]:
+    """See `timm_cbam2.kernels.status`."""
+    library = _library()[0]
+    compiler = shutil.which(os.environ.get("CXX") or "c++")
+    can_build = compiler is not None and shutil.which("ninja") is not None
+    return {
+        "in_use": registered("cpu") is not None,
+        "built": library.is_file(),
+        "can_build": can_build,
+        "library": library,
+        "compiler": compiler,
+    }
 
 
 def _passes(x: torch.Tensor, affine: Affine | None, owned: bool) -> KernelPasses | None:
