@@ -171,12 +171,10 @@ def spatial_backward(
     router = _Router(own, pooled.x)
     dense, kept = dense_kernels(part, own, dtype)  # (K, S, f, f)
     seen, choices = dense[:, :2].flatten(1), dense.shape[0]
-    rows, windows = None, None
+    windows = kept_windows(height, width, taps, maps.device, dtype)
     place = None
     if part.coords:
-        windows = kept_windows(height, width, taps, maps.device, dtype)
-        rows = coordinate_rows(dense[:, 2:], windows)
-        place = (rows @ windows[2].t()).view(choices, height * width)
+        place = (coordinate_rows(dense[:, 2:], windows) @ windows[2].t()).view(choices, height * width)
     mix = router.weights
     if mixes_samples(maps, kernel):
         own_kernels = mix @ seen
