@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # the same names as in _LAZY
     from .insertion.remove import remove
     from .insertion.saved import load_inserted
     from .kernels.cpu import disable_cpu_kernel, enable_cpu_kernel
+    from .seeing.explain import explain
+    from .training.optimise import freeze
 
 __version__ = "0.1.0"
 

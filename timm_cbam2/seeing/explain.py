@@ -7,7 +7,7 @@ import os
 from contextlib import nullcontext
 from html import escape
 from pathlib import Path
-from typing import Annotated, Any, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Sequence
 from urllib.parse import quote
 
 import numpy as np
@@ -30,6 +30,10 @@ from .views import BlockView, Explanation
 __all__ = ["BlockView", "Explainer", "Explanation", "explain", "write_arrays"]
 
 FINE = 448  # pixels on the longer side of a picture under a mask: about what a panel shows
+if TYPE_CHECKING:
+    Named = str | nn.Module
+else:
+    Named = str  # all that a command line can give
 TITLE = "<title>Attention of "
 INDEX = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -220,11 +224,13 @@ def _figure(image: Path, picture: Path, explanations: Sequence[Explanation]) -> 
 
 
 def explain(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Run or model folder, hf-hub: id, or registered name.")],
+    model: Annotated[
+        Named, typer.Argument(metavar="MODEL", help="Run or model folder, hf-hub: id, or registered name.")
+    ],
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or folders of them.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the pictures.")] = Path("attention"),
     blocks: Annotated[bool, typer.Option("--blocks", help="Show every block's mask, not each stage's last.")] = False,
-    compare: Annotated[str | None, typer.Option(help="A second model, drawn beside the first.")] = None,
+    compare: Annotated[Named | None, typer.Option(help="A second model, drawn beside the first.")] = None,
     img_size: Annotated[int | None, typer.Option(help="Side in pixels, in place of the model's own.")] = None,
 ) -> list[Path]:
     """Draw what a model attends to: one PNG and one .npz of the raw arrays per image, and an index page for several.
