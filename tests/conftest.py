@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("torch", "torchvision", "scipy.optimize")
 LONG = (
     *(
+        "test_nothing_runs",
+        "test_several_machines",
         "test_resume",
         "test_gpu_day",
         "test_package",

@@ -133,19 +133,40 @@ def test_resume(start_python, run_folder, payloads, tmp_path):
             assert code == 0, (file, err)
 
 
+def rewrite(checkpoint, **changes):
+    """Other contents of checkpoint.json, with checksums that are right."""
+    info = json.loads((checkpoint / "checkpoint.json").read_text()) | changes
+    info = {name: value for name, value in info.items() if value is not None}
+    (checkpoint / "checkpoint.json").write_text(json.dumps(info))
+    files = sorted(path for path in checkpoint.iterdir() if path.name != "SHA256SUMS")
+    lines = (f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files)
+    (checkpoint / "SHA256SUMS").write_text("".join(lines))
+
+
 def test_pickled_by_an_earlier_version(refused, run_folder, payloads):
     folder = run_folder()
     (checkpoint,) = (folder / "checkpoints").glob("step-*")
-    info = json.loads((checkpoint / "checkpoint.json").read_text())
-    del info["format"]
-    (checkpoint / "checkpoint.json").write_text(json.dumps(info))
     for name in ("custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl"):
         shutil.copy(payloads[1]["zip"], checkpoint / name)
-    lines = (f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in checkpoint.iterdir())
-    text = "".join(line for line in lines if "SHA256SUMS" not in line)
-    (checkpoint / "SHA256SUMS").write_text(text)
+    rewrite(checkpoint, format=None)
     refused("finetune", "--resume", folder, words=(checkpoint, "pickles, which can run code", "start anew"))
     assert not payloads[0].exists() and checkpoint.is_dir()
+
+
+def test_what_a_checkpoint_tells_of_itself(refused, run, run_folder):
+    """Altered with right checksums: one line that names the file, or what is not the same any more."""
+    folder = run_folder()
+    (checkpoint,) = (folder / "checkpoints").glob("step-*")
+    whole = json.loads((checkpoint / "checkpoint.json").read_text())
+    for changes in ({"settings": {}}, {"data": {}}, {"processes": "2"}, {"batch": None}):
+        rewrite(checkpoint, **{**whole, **changes})
+        refused("finetune", "--resume", folder, words=(checkpoint / "checkpoint.json",))
+    rewrite(checkpoint, **{**whole, "versions": {**whole["versions"], "device": "cuda", "other": "1"}})
+    result = run("finetune", "--resume", folder)
+    assert result.code == 0 and "device cuda is now cpu" in result.out and "not bit-identical" in result.out, result
+    (checkpoint / "random_0.safetensors").unlink()
+    rewrite(checkpoint, **whole)
+    refused("finetune", "--resume", folder, words=("random_0.safetensors", "holds no state"))
 
 
 # What each needs of a run or model folder, so that it must refuse when that is something else.

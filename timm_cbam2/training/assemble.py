@@ -72,7 +72,7 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
         settings=settings,
         images=images,
         config=val_config,
-        info=_compared(settings, images, process[1]),
+        info=_compared(settings, images, accelerator),
         trained=(trainable, parameters),
         notes=[*notes, *said(found), *balance_notes(images, settings["balance"])],
         side=tuple(config["input_size"][1:]),
@@ -113,12 +113,12 @@ def _average(network: nn.Module, settings: dict[str, Any], divided: bool) -> Mod
     return ModelEmaV3(network, decay=settings["ema"], use_warmup=True)
 
 
-def _compared(settings: dict[str, Any], images: Images, processes: int) -> dict[str, Any]:
+def _compared(settings: dict[str, Any], images: Images, accelerator: Any) -> dict[str, Any]:
     """What goes into checkpoint.json, to be compared on resuming."""
     training = {k: v for k, v in settings.items() if k not in OF_THE_CALL}
     return {
         "settings": json.loads(json.dumps(training, default=str)),
         "data": prepare.fingerprint(images),
-        "processes": processes,
-        "versions": prepare.versions(),
+        "processes": accelerator.num_processes,
+        "versions": {**prepare.versions(), "device": accelerator.device.type},
     }

@@ -19,6 +19,7 @@ from .launch import not_divided, slow_precision
 from .loop import Run
 from .prepare import check_resumable
 from .settings import OF_THE_CALL, resolved_text
+from .snapshot import fitting
 
 __all__ = ["begin"]
 
@@ -155,7 +156,8 @@ def _where_to_begin(run: Run) -> tuple[Path | None, int | None, list[str]]:
                 run.metrics.resume([])
             return None, None, notes
         saved = read_info(path)
-        changed, batch = check_resumable(saved, info, saved["batch"])
+        with fitting(path / "checkpoint.json"):
+            changed, batch = check_resumable(saved, info, saved["batch"])
         return str(path), batch, notes + changed
 
     found = _on_main(run.accelerator, decide)

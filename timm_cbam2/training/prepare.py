@@ -262,7 +262,8 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], at_batch: 
             f"{size_now} images as before, at the same learning rate; not bit-identical, since BatchNorm and dropout "
             "see them in other parts, and random generators begin anew"
         )
-    changed = [f"{k} {v} is now {now['versions'][k]}" for k, v in saved["versions"].items() if now["versions"][k] != v]
+    versions = {k: (v, now["versions"].get(k)) for k, v in saved["versions"].items()}
+    changed = [f"{k} {before} is now {after}" for k, (before, after) in versions.items() if before != after]
     if changed:
         notes.append(f"{', '.join(changed)}: not bit-identical")
     return notes, at_batch * saved["settings"]["batch_size"] * saved["processes"] // size_now
