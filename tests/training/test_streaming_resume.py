@@ -216,5 +216,12 @@ def test_tar_files(run, refused, write_shards, tmp_path):
         "finetune", "--data", folder, *ARGS, "--batch-size", "4", "--epochs", "1", "--output", tmp_path / "run"
     )
     assert result.code == 0 and "15 images to train on, 4 to validate, 3 classes" in result.out, result
+    broken = bytearray(shard.read_bytes())
+    at = broken.index(b"\x89PNG", broken.index(b"000004.png"))
+    broken[at : at + 8] = bytes(8)
+    shard.write_bytes(broken)
+    args = ("finetune", "--data", folder, *ARGS, "--batch-size", "4", "--epochs", "1", "--skip-bad-images")
+    result = run(*args, "--output", tmp_path / "less", "--workers", "1")
+    assert result.code == 0 and 'cannot be read: "000004.png";' in result.out, result
     shard.write_bytes(shard.read_bytes()[:700])
     refused("finetune", "--data", folder, *ARGS, "--output", tmp_path / "other", words=("train-00000.tar",))

@@ -24,6 +24,7 @@ from .tables import choose_columns
 
 __all__ = ["StreamedImages", "find_stream", "in_turns", "load_place", "make_stream_loader", "place"]
 
+NAMED, NAME_BYTES = 16, 240  # unreadable images that each worker keeps the names of
 SHUFFLE_BUFFER = 2000  # images, undecoded, that are read and then given in an order of their own
 
 
@@ -140,7 +141,9 @@ class StreamedImages(IterableDataset):
         self.epoch = 0
         self.state: dict[str, Any] = {}
         self.loaded: dict[str, Any] | None = None
+        # Shared memory: worker processes count and name them here.
         self.bad = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self.bad_names = torch.zeros((NAMED, NAME_BYTES), dtype=torch.uint8).share_memory_()
 
     def __len__(self) -> int:
         """Images of the whole split, over all processes."""
@@ -155,6 +158,19 @@ class StreamedImages(IterableDataset):
     def name(self, index: int) -> str:
         """Rows of a stream have no number to be found by."""
         return "an image of the stream"
+
+    def _remember(self, name: str | None) -> None:
+        """Count an unreadable image and, where it has a name, keep that of the first few."""
+        free = (self.bad_names[:, 0] == 0).nonzero()
+        if name and len(free) and name not in self.left_out():
+            content = np.frombuffer(name.encode(errors="replace")[:NAME_BYTES], dtype=np.uint8).copy()
+            self.bad_names[free[0, 0], : len(content)] = torch.from_numpy(content)
+        self.bad += 1
+
+    def left_out(self) -> list[str]:
+        """Names of the first unreadable images of this process's share."""
+        rows = (bytes(row.tolist()).rstrip(b"\0") for row in self.bad_names)
+        return [row.decode(errors="replace") for row in rows if row]
 
     def check_headers(self) -> None:
         """Nothing can be checked in advance."""
@@ -199,7 +215,7 @@ class StreamedImages(IterableDataset):
                         f"cannot read {name} as an image ({one_line(error, 150)}): leave such images out with "
                         "--skip-bad-images"
                     ) from error
-                self.bad += 1
+                self._remember((row[image_column] or {}).get("path"))
                 continue
             label = self.samples.index.get(row[label_column])
             if label is None:

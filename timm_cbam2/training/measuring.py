@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor, nn
 
 from ..files import write_whole
@@ -133,12 +133,12 @@ def _bad_images(run: Any) -> dict[str, int]:
     for split, part in run.parts.items():
         bad = run.accelerator.reduce(part.bad.to(run.accelerator.device, torch.int32)).cpu()
         if run.settings["streaming"]:  # whose images have no number
-            counts[split] = int(bad.sum())
-            continue
-        found = bad.nonzero().flatten().tolist()
-        counts[split] = len(found)
+            counts[split], names = int(bad.sum()), gather_object(part.left_out())
+        else:
+            found = bad.nonzero().flatten().tolist()
+            counts[split], names = len(found), [part.name(index) for index in found]
         if run.accelerator.is_main_process:
-            _name(run, [part.name(index) for index in found])
+            _name(run, names)
     return counts
 
 
