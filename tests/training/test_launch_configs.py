@@ -1,6 +1,6 @@
 """The shipped Accelerate configurations through `accelerate launch`: on CPUs for real, the others up to its checks.
 
-GPUs, FSDP and DeepSpeed are not run here.
+GPUs and DeepSpeed are not run here; two machines and FSDP 2, on CPUs, in `test_several_machines`.
 """
 
 import json
