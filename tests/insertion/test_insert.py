@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import random
 import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -163,15 +165,16 @@ def test_finding_channels_leaves_no_trace():
 
         def forward(self, x):
             self.body[1].running_mean += 1  # whatever it does in evaluation too
-            return super().forward(x + torch.rand(1))
+            return super().forward(x + torch.rand(1) + random.random() + np.random.rand())
 
     model = randomise(Noisy()).train()
     model.body[1].eval()
     before = copy.deepcopy(model.state_dict())
     probe = timm_cbam2.insertion.probe.Probe(model)
-    state = torch.random.get_rng_state()
+    state, others = torch.random.get_rng_state(), (random.getstate(), np.random.get_state()[1].tolist())
     assert probe.shapes({"stem": model.stem}) == {"stem": [(1, 8, 62, 62)]}
     assert torch.equal(state, torch.random.get_rng_state())
+    assert others == (random.getstate(), np.random.get_state()[1].tolist())
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in before.items())
     assert model.training and not model.body[1].training and not model.stem._forward_hooks
     assert blocks(insert(model, "stem")) == ["stem.cbam2"]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from ..data.loading import seeded
+
 __all__ = ["Probe", "like", "plain"]
 
 SIDES = (64, 224)  # of square inputs, tried in turn after the size that the model says it takes
@@ -30,8 +32,7 @@ def without_trace(model: nn.Module) -> Iterator[None]:
     devices = [device] if device is not None and device.type == "cuda" else []
     try:
         model.eval()
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(0)
+        with seeded(0), torch.random.fork_rng(devices), torch.no_grad():
             yield
     finally:
         for module, mode in modes.items():
