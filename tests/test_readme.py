@@ -76,11 +76,18 @@ def test_every_command_is_run_by_a_test():
 def test_the_numbers_are_the_registrys():
     import timm_cbam2  # noqa: F401
 
+    hub = (ROOT / "timm_cbam2" / "hub" / "README.md").read_text(encoding="utf-8")
     assert f"# {len(timm.list_models('*_cbam2'))} architectures" in README
     tags = timm.list_pretrained("*_cbam2.from_*")
     started = {tag.partition(".")[0] for tag in tags}
-    assert f"{len(started)} others, {len(tags)} tags" in README
+    assert f"{len(started)} architectures start\nfrom timm's own ({len(tags)} tags" in README
     licences = [timm.get_pretrained_cfg(tag).license for tag in tags]
-    assert f"{licences.count('cc-by-nc-4.0')} tags are non-commercial" in README
     meta = sum(licences.count(name) for name in ("dinov3-license", "fair-noncommercial-research-license"))
-    assert f"and {meta} carry Meta's" in README
+    assert f"{licences.count('cc-by-nc-4.0')} tags are non-commercial" in hub and f"{meta} carry Meta's" in hub
+
+
+def test_a_newcomer_reads_it_to_the_end():
+    """And what it leaves to the rooms is there."""
+    assert len(README.splitlines()) <= 150
+    for link in re.findall(r"\]\(([^)#]+)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), link

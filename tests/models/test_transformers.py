@@ -223,9 +223,12 @@ def test_backbone_equals_features_only(saved, images):
     for indices in ([0, 2], [1, 3], [3]):
         expected = timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, out_indices=indices)
         backbone = Cbam2Backbone.from_pretrained(folder, out_indices=indices)
+        wanted = expected.eval()(images)
         for maps in (backbone(images), backbone(images, output_attentions=True, output_hidden_states=True)):
-            assert all(torch.equal(a, b) for a, b in zip(maps.feature_maps, expected.eval()(images)))
+            # What is recorded passes through the separate steps at the end of a branch, equal to rounding.
+            assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(maps.feature_maps, wanted))
             assert [m.shape[1] for m in maps.feature_maps] == backbone.channels == expected.feature_info.channels()
+        assert all(torch.equal(a, b) for a, b in zip(backbone(images).feature_maps, wanted))
     named = Cbam2Backbone.from_pretrained(folder, out_features=["stage1", "stage3"])
     assert named.out_indices == [named.stage_names.index("stage1"), named.stage_names.index("stage3")]
     built = AutoBackbone.from_config(AutoConfig.from_pretrained(folder, out_features=["stage2"]))
