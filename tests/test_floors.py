@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TOOLS = {"pytest", "pytest-xdist", "playwright", "hatchling", "build", "mypy", "trackio"}  # of tests and trackers
+# Of tests, trackers and checks.
+TOOLS = {"pytest", "pytest-xdist", "playwright", "hatchling", "build", "mypy", "trackio", "openvino"}
 
 
 def test_the_floors_are_pinned():

@@ -92,9 +92,9 @@ def test_options_that_would_break_later(options, words, refused, tmp_path):
     [
         ({"image": [1, 2], "label": [0, 1]}, ("column 'image' holds int64", "--image-column")),
         ({"image": [b"x", b"y"], "label": [0.0, 1.0]}, ("numbers such as 0.0", "integers")),
-        ({"image": [b"x", b"y"], "label": [[0], [1]]}, ("holds [0], which names no class",)),
+        ({"image": [b"x", b"y"], "label": [{"a": 1}, {"a": 2}]}, ("holds {'a': 1}, which names no class",)),
     ],
-    ids=["no images", "labels with a point", "lists"],
+    ids=["no images", "labels with a point", "structures"],
 )
 def test_tables_of_the_wrong_kind(columns, words, refused, tmp_path):
     from datasets import Dataset
