@@ -48,7 +48,12 @@ def _program(model: nn.Module, size: tuple[int, int, int]) -> torch.export.Expor
         free,
         _refusals(f"torch.export cannot trace this model with images of {height}x{width}, try another --img-size"),
     ):
-        return torch.export.export(model, (torch.randn(2, channels, height, width),), dynamic_shapes=(dynamic,))
+        program = torch.export.export(model, (torch.randn(2, channels, height, width),), dynamic_shapes=(dynamic,))
+    # Guesses about memory layout leave guards such as "a batch above 1", which what was traced does not need: what it
+    # computes is compared on several sizes instead. Older versions of torch make none.
+    if hasattr(program, "_guards_code"):
+        program._guards_code = []
+    return program
 
 
 def _samples(size: tuple[int, int, int]) -> list[Tensor]:

@@ -19,6 +19,7 @@ __all__ = [
     "channel_mask",
     "channel_weights",
     "coordinate_rows",
+    "coordinate_windows",
     "dense_kernels",
     "dense_kernels_backward",
     "kept_spatial_weights",
@@ -95,15 +96,15 @@ def _tap_places(
     there is none, one past the last: (K·f·f,); and where each tap is in them. `shapes` holds kernel size and dilation.
     """
     total = sum(k * k for k, _ in shapes)
-    places = torch.full((len(shapes), taps, taps), total)
+    places = torch.full((len(shapes), taps, taps), total, device=device)
     first = 0
     for choice, (k, dilation) in enumerate(shapes):
         margin = (taps - dilation * (k - 1) - 1) // 2
         inner = slice(margin, taps - margin, dilation)
-        places[choice, inner, inner] = first + torch.arange(k * k).view(k, k)
+        places[choice, inner, inner] = first + torch.arange(k * k, device=device).view(k, k)
         first += k * k
     inverse = places.flatten().argsort(stable=True)[:total]
-    return places.flatten().to(device), inverse.to(device)
+    return places.flatten(), inverse
 
 
 def dense_kernels(part: nn.Module, own: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
@@ -160,7 +161,7 @@ def _met_by_taps(x: torch.Tensor, taps: int) -> torch.Tensor:
     return padded.index_select(0, place.flatten()).view(-1, taps)
 
 
-def _coordinate_windows(
+def coordinate_windows(
     height: int, width: int, taps: int, device: torch.device, dtype: torch.dtype
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What a centred kernel of `taps` meets of 1 and of Y along H, (H, f) each, and of X and of 1 along W, (W, 2f)."""
@@ -182,7 +183,7 @@ def coordinate_rows(kernel: torch.Tensor, windows: Tuple[torch.Tensor, torch.Ten
 @functools.lru_cache(64)
 def _kept_windows(*size: Any, inference: bool) -> Any:  # a tensor of inference mode cannot serve autograd
     with torch.no_grad():
-        return _coordinate_windows(*size)
+        return coordinate_windows(*size)
 
 
 def kept_windows(*size: Any) -> Any:

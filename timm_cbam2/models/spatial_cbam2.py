@@ -23,6 +23,7 @@ from .parts_cbam2 import (
     no_autocast,
     reset_convs,
 )
+from .small_cbam2 import coordinate_windows
 
 __all__ = ["SpatialAttn"]
 
@@ -135,9 +136,19 @@ class SpatialAttn(nn.Module):
         if self.coords:
             across = coordinates(width, kernel.device, dtype).expand(height, width)
             down = coordinates(height, kernel.device, dtype)[:, None].expand(height, width)
-            place = F.conv2d(torch.stack([across, down])[None], kernel[:, 2:4], padding=self.footprint // 2)[0]
+            if not torch.jit.is_scripting() and torch.compiler.is_dynamo_compiling():
+                place = self.place_by_axes(kernel, height, width)
+            else:
+                place = F.conv2d(torch.stack([across, down])[None], kernel[:, 2:4], padding=self.footprint // 2)[0]
             kernel = torch.cat([kernel[:, :2], kernel[:, 4:]], 1) if self.learned is not None else kernel[:, :2]
         return kernel, place
+
+    @torch.jit.unused
+    def place_by_axes(self, kernel: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """What the coordinates add (K, H, W), by matrix products, since each depends on one axis: inductor cannot order
+        the strides of a convolution over maps of free height and width in a backward."""
+        ones, down, columns = coordinate_windows(height, width, self.footprint, kernel.device, kernel.dtype)
+        return torch.cat([ones @ kernel[:, 2], down @ kernel[:, 3]], 2) @ columns.t()
 
     def route(self, maps: torch.Tensor) -> torch.Tensor:
         """The router weights (B, K), or by position (B, K, H, W), of average, maximum and learned maps."""
