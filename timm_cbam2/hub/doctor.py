@@ -114,7 +114,7 @@ def _kernel(advice: list[str]) -> None:
     say("CPU kernel: off; " + (f"it needs {' and '.join(missing)}" if missing else "it can be built"))
     if not missing:
         advice.append(
-            "TIMM_CBAM2_CPU_KERNEL=1 in front of a command speeds up the blocks on CPUs, after half a minute once"
+            "TIMM_CBAM2_CPU_KERNEL=1 in front of a command speeds up training on CPUs, after a minute or two once"
         )
 
 
