@@ -37,6 +37,18 @@ QUICK = ("--model", "resnet20_cbam2", "--no-pretrained", "--img-size", "8", "--w
 QUICK += ("--epochs", "2", "--augment", "none", "--save-every", "1 step")
 
 
+# Starts rank 0 late when torchrun begins again: rank 1 must not take an address that the ended rank 0 left in the store.
+LATE = """
+import os, sys, time
+if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    time.sleep(3)
+from timm_cbam2.cli import main
+sys.argv[0] = "timm-cbam2"
+main()
+"""
+STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # pytorch/pytorch#135712
+
+
 @pytest.fixture(scope="module")
 def images(write_folder, tmp_path_factory):
     return write_folder(tmp_path_factory.mktemp("data"), count=20)
@@ -161,10 +173,11 @@ def test_two_machines(python, start, images, tmp_path):
 
 def test_a_worker_dies_and_all_start_again(python, start_group, images, tmp_path):
     """torchrun --max-restarts: the last checkpoint is gone on from, and the end is the same bit by bit."""
-    folder = tmp_path / "run"
+    folder, late = tmp_path / "run", tmp_path / "late.py"
+    late.write_text(LATE)
     args = ("--data", images, *QUICK, "--resume", "auto", "--output")
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
-    elastic = python(*torchrun, "-m", "timm_cbam2.finetune", *args, folder)
+    elastic = python(*torchrun, late, "finetune", *args, folder, **STORE)
     wait_for(folder, 3, lambda: elastic.poll() is None)
     workers = subprocess.run(["pgrep", "-P", str(elastic.pid)], capture_output=True, text=True).stdout.split()
     os.kill(int(workers[-1]), signal.SIGKILL)

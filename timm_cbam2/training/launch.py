@@ -125,6 +125,17 @@ def tracker_names(track: str | None) -> list[str]:
     return [name.strip() for name in (track or "").split(",") if name.strip()]
 
 
+def _stale_addresses(error: Exception) -> str:
+    """What to do where processes that torchrun started again may have met addresses of those before, or nothing."""
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # pytorch/pytorch#135712
+    if not shared or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0" or "connect" not in str(error):
+        return ""
+    return (
+        "; these processes were started again and may have been given addresses of those that ended: set "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 where torchrun is started, and go on with --resume auto"
+    )
+
+
 def make_accelerator(settings: dict[str, Any], log_folder: str | None) -> Any:
     """The Accelerator of a run, from Accelerate's own configuration and what `settings` say.
 
@@ -148,7 +159,7 @@ def make_accelerator(settings: dict[str, Any], log_folder: str | None) -> Any:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=TIMEOUT)],
         )
     except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"Accelerate cannot start: {error}") from error
+        raise UserError(f"Accelerate cannot start: {error}{_stale_addresses(error)}") from error
     asked = settings["num_processes"]
     if asked is not None and accelerator.num_processes != asked:
         raise UserError(
