@@ -1,5 +1,6 @@
 """The compiled CPU kernel: the same numbers and gradients as torch's own operations."""
 
+import copy
 import itertools
 import json
 import os
@@ -29,7 +30,7 @@ def kernel(built, monkeypatch):
     """The kernel serves the test, and every one of its passes is counted."""
     enable_cpu_kernel()
     calls = []
-    for name in ("start_backward", "whole"):
+    for name in ("start_backward", "finish"):
         original = getattr(KernelPasses, name)
         monkeypatch.setattr(KernelPasses, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
     yield calls
@@ -82,7 +83,7 @@ def test_every_shape_and_number_of_threads(shape, memory_format, kernel, threads
     for count in (1, 2, 3):
         threads(count)
         assert same_as_plain(block, x)
-    assert set(kernel) == {"start_backward", "whole"}
+    assert set(kernel) == {"start_backward", "finish"}
     assert block(x).stride() == torch.empty_like(x).stride()
 
 
@@ -103,6 +104,22 @@ def test_options_against_the_literal_formulas(kernel):
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("shape", [(3, 6, 7, 5), (1, 6, 2, 9), (1, 3, 1, 1), (2, 40, 9, 8)], ids=str)
+def test_norms_of_decisions_and_learned_maps(shape, memory_format, kernel, threads):
+    for maps, training in itertools.product((1, 4, 7), (True, False)):
+        options = dict(squeeze_norm=True, router_norm=True, learned_maps=maps, center_spatial=True)
+        block = randomise(Cbam2(shape[1], **options).double()).train(training)
+        x, twin = images(shape).to(memory_format=FORMATS[memory_format]), copy.deepcopy(block)
+        for count in (1, 2, 3):
+            threads(count)
+            got = gradients(block, block, x)
+            expected = gradients(lambda x, twin=twin: twin(x, return_attention=True)[0], twin, x)
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+            torch.testing.assert_close(list(block.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-10)
+    assert kernel.count("start_backward") == 18
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
 def test_gradcheck_and_ties(memory_format, kernel):
     block = randomise(Cbam2(4, rd_channels=2, router_channels=3, kernel_sizes=(3,), dilated=None).double())
     x = images((2, 4, 3, 3)).to(memory_format=FORMATS[memory_format]).requires_grad_()
@@ -114,7 +131,8 @@ def test_gradcheck_and_ties(memory_format, kernel):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(dtype, memory_format, kernel):
-    block, exact = Cbam2(24, gate="unit_sigmoid"), Cbam2(24, gate="unit_sigmoid").double()
+    options = dict(gate="unit_sigmoid", learned_maps=3, squeeze_norm=True)
+    block, exact = Cbam2(24, **options), Cbam2(24, **options).double()
     exact.load_state_dict(randomise(block).state_dict())
     x = images((3, 24, 6, 7), dtype).to(memory_format=FORMATS[memory_format])
     size = 1e-5 if dtype == torch.float32 else 0.03

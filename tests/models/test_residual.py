@@ -78,6 +78,16 @@ def test_values_gradients_and_statistics_of_the_separate_steps(name, memory_form
 
 
 @networks
+def test_with_norms_of_decisions_and_learned_maps(name, ends):
+    options = dict(center_spatial=True, squeeze_norm=True, router_norm=True, learned_maps=4)
+    for training in (False, True):
+        model = make(name, drop_path=0.3, cbam2=options).train(training).to(memory_format=torch.channels_last)
+        x, plain = images().to(memory_format=torch.channels_last), one_by_one(model)
+        assert_close(step(model, x), step(plain, x), rtol=1e-7)
+    assert len(ends) == 2 * sum(isinstance(m, BLOCKS) for m in model.modules())
+
+
+@networks
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_at_the_identity_every_bit_is_timms(name, dtype):
     for training, gate in ((False, "unit_sigmoid"), (True, "unit_sigmoid"), (False, "sigmoid")):

@@ -1,4 +1,4 @@
-"""The block's passes by the compiled kernel: the forward pass in one call, the backward in three readings."""
+"""The block's passes by the compiled kernel: three readings forward, three backward."""
 
 from __future__ import annotations
 
@@ -6,45 +6,21 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..models.passes_cbam2 import Affine, End, Small
 
 __all__ = ["KernelPasses", "is_dense"]
-
-FUSIONS = ("router", "static", "sum")
-GATES = ("sigmoid", "hard_sigmoid", "unit_sigmoid")
 
 
 def is_dense(x: Tensor) -> bool:
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _layer(conv: nn.Conv2d | None) -> list[Tensor | None]:
-    return [None, None] if conv is None else [conv.weight, conv.bias]
-
-
-def _temperature(part: nn.Module) -> Tensor:
-    return part.temperature.raw if part.temperature.learnable else part.temperature.value
-
-
-def weights_of(block: nn.Module) -> tuple[Any, ...]:
-    """What the kernel's forward pass takes of a `Cbam2`; csrc/cbam2_cpu.cpp says what lies where."""
-    channel, spatial = block.channel, block.spatial
-    router = [None] * 4 if channel.router is None else [*_layer(channel.router.fc1), *_layer(channel.router.fc2)]
-    fusion = "router" if channel.router is not None else "sum" if channel.is_sum else "static"
-    of_channel = [*_layer(channel.fc1), *_layer(channel.fc2), *router, channel.fusion_logits, _temperature(channel)]
-    of_spatial = [*_layer(spatial.router.fc1), *_layer(spatial.router.fc2), _temperature(spatial)]
-    of_spatial.append(None if spatial.conv is None else spatial.conv.weight)
-    branches = list(spatial.branches)
-    options = [FUSIONS.index(fusion), GATES.index(channel.gate), channel.center, spatial.center]
-    options += [spatial.coords, spatial.moments, channel.temperature.learnable, spatial.temperature.learnable]
-    convs = [weight for branch in branches for weight in (branch.dw.weight, branch.pw.weight)]
-    return of_channel, of_spatial, convs, [branch.dilation for branch in branches], [int(option) for option in options]
-
-
 class KernelPasses:
-    """By the compiled kernel; what `TorchPasses` is, and the whole forward pass in `whole`."""
+    """By the compiled kernel; what `TorchPasses` is."""
+
+    learns = True
 
     def __init__(self, x: Tensor, affine: Affine | None, kernel: Any, owned: bool = False) -> None:
         x = x.resolve_neg()  # a view that only stands for its negative
@@ -57,36 +33,76 @@ class KernelPasses:
     def _laid_out(self, t: Tensor) -> Tensor:
         return t.resolve_neg().contiguous(memory_format=self.order)
 
-    def whole(self, block: nn.Module, end: End, drop: Tensor | None) -> tuple[Tensor, Small]:
-        """The output and the small tensors."""
-        scale, shift = (None, None) if self.affine is None else self.affine[:2]
+    @property
+    def _norm(self) -> tuple[Tensor | None, Tensor | None]:
+        return (None, None) if self.affine is None else (self.affine.scale, self.affine.shift)
+
+    def squeeze(self) -> Tensor:
+        """The average and the maximum over positions, (B, 2, C)."""
+        return self.kernel.squeeze(self.x, *self._norm)
+
+    def maps(self, ca: Tensor, learned: Tensor | None = None) -> Tensor:
+        """The average and the maximum over channels of x·ca, and its sums weighted by `learned` (P, C), for ca (B, C):
+        (B, 2 + P, H, W)."""
+        weights = offsets = None
+        if learned is not None:  # of z, from which the kernel makes x
+            weights = learned * ca[:, None]
+            if self.affine is None:
+                offsets = weights.new_zeros(weights.shape[:2])
+            else:
+                offsets, weights = weights @ self.affine.shift, weights * self.affine.scale
+        return self.kernel.maps(self.x, *self._norm, ca, weights, offsets)
+
+    def finish(self, ca: Tensor, sa: Tensor, end: End) -> Tensor:
+        """The output, for the ca of `maps` and sa (B, H, W)."""
         out = self.x if self.owned else torch.empty_like(self.x)
         shortcut = None if end.shortcut is None else self._laid_out(end.shortcut)
-        small = self.kernel.forward(self.x, scale, shift, shortcut, end.gamma, drop, end.relu, *weights_of(block), out)
-        return out, Small(*small)
+        self.kernel.finish(self.x, *self._norm, shortcut, end.gamma, ca, sa, end.relu, out)
+        return out
 
     def convolve(self, maps: Tensor, kernels: Tensor) -> Tensor:
-        """Each sample's maps (B, 2, H, W) with its own kernel (B, 2, f, f), summed over the maps: (B, H, W)."""
+        """Each sample's maps (B, M, H, W) with its own kernel (B, M, f, f), summed over the maps: (B, H, W)."""
         return _Convolution.apply(self.kernel, maps, kernels)
 
     def start_backward(self, g: Tensor, small: Small, gamma: Tensor | None, out: Tensor | None) -> Tensor:
         norm = self.affine
-        self.norm = [None] * 3 if norm is None else [norm.scale, norm.shift, norm.mean]
+        self.norms = [None] * 3 if norm is None else [norm.scale, norm.shift, norm.mean]
         self.small, self.gamma = small, gamma
         self.g, g_sa, self.ties_c, self.sums = self.kernel.products(
-            self._laid_out(g), out, self.x, self.norm, gamma, list(small)
+            self._laid_out(g), out, self.x, self.norms, gamma, list(small)
         )
         return g_sa.view_as(small.sa)
 
-    def channel_gradient(self, g_avg: Tensor, g_max: Tensor) -> Tensor:
+    def channel_gradient(
+        self, g_avg: Tensor, g_max: Tensor, g_learned: Tensor | None = None, learned: Tensor | None = None
+    ) -> Tensor:
         self.g_avg, self.g_max = g_avg.flatten(1) / self.x.shape[1], g_max.flatten(1) / self.ties_c
-        self.spread = self.kernel.spread(self.x, self.norm, list(self.small), self.g_avg, self.g_max)
+        self.spread = self.kernel.spread(self.x, self.norms, list(self.small), self.g_avg, self.g_max)
+        self.learned = g_learned, learned
+        if g_learned is not None and learned is not None:
+            self._spread_learned(g_learned.flatten(2), learned)
         product, of_maps = self.sums[0], self.spread[0]
         if self.affine is not None:  # of x = scale·z̃ + bias
             product = self.affine.scale * product + self.affine.bias * self.sums[2]
             of_maps = self.affine.scale * of_maps + self.affine.bias * self.spread[1]
         self.by_channel = product  # Σ_hw g·x·sa
         return (product if self.gamma is None else self.gamma * product) + of_maps
+
+    def _spread_learned(self, g: Tensor, learned: Tensor) -> None:
+        """Adds what learned maps, with gradients g (B, P, H·W) and weights (P, C), give to `spread`."""
+        rows = self.x.flatten(2).transpose(1, 2)  # (B, H·W, C)
+        if rows.dtype == g.dtype:
+            product = torch.bmm(g, rows)  # (B, P, C), Σ_hw g·z̃
+        else:  # one sample at a time, in the type that sums are made in
+            product = torch.stack([one @ row.to(g.dtype) for one, row in zip(g, rows)])
+        if self.affine is not None:
+            total = g.sum(2)[:, :, None]
+            product = product - total * self.affine.mean
+            self.spread[1] += (learned * total).sum(1)
+        self.spread[0] += (learned * product).sum(1)
+        if self.affine is not None:
+            product = self.affine.scale * product + self.affine.bias * total
+        self.learned_gradient = (self.small.ca[:, None] * product).sum(0)  # (P, C)
 
     def gamma_gradient(self) -> Tensor:
         return (self.small.ca * self.by_channel).sum(0)
@@ -98,7 +114,8 @@ class KernelPasses:
         if self.affine is not None:
             by_channel[2:], g_weight, g_bias = self._norm_gradient(g_savg, g_smax, by_channel)
         g_x = self.kernel.input_gradient(
-            self.g, self.x, self.norm, self.gamma, list(self.small), self.g_avg, self.g_max, by_channel
+            *(self.g, self.x, self.norms, self.gamma, list(self.small), self.g_avg, self.g_max, by_channel),
+            *self.learned,
         )
         return g_x, g_weight, g_bias
 

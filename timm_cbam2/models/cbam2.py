@@ -60,7 +60,7 @@ def resolve_options(options: Optional[Mapping[str, Any]] = None) -> Dict[str, An
 class Cbam2(nn.Module):
     """Channel attention, then spatial attention (see this module's docstring for the papers)."""
 
-    is_plain = False  # has options that only the plain path knows; of blocks pickled before there were any
+    is_plain = False  # has an option that only the plain path knows; of blocks pickled before there was any
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Cbam2(nn.Module):
         own = dict(kernel_sizes=kernel_sizes, dilated=dilated, coords=coords, router_pool=router_pool)
         own |= dict(center_spatial=center_spatial, learned_maps=learned_maps, in_channels=channels)
         self.spatial = SpatialAttn(**own, **shared)
-        self.is_plain = squeeze_norm or router_norm or learned_maps > 0 or router_pool == "none"
+        self.is_plain = router_pool == "none"
 
     def reset_parameters(self) -> None:
         """Initialise anew; with gate="unit_sigmoid" the block is then exactly the identity."""

@@ -1,14 +1,17 @@
 """What may stand before a decision of CBAM2: norms over the batch, learned maps, a router for every position."""
 
 import contextlib
-from typing import Iterator
+from typing import Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["DecisionNorm", "LearnedMaps", "PositionRouter", "statistics_kept"]
+__all__ = ["DecisionNorm", "LearnedMaps", "Measure", "PositionRouter", "measures", "measured_by", "statistics_kept"]
+
+# What a norm measured by in one pass: its running mean and variance as they were, or None for the batch itself.
+Measure = Optional[Tuple[torch.Tensor, torch.Tensor]]
 
 
 class DecisionNorm(nn.BatchNorm1d):
@@ -24,7 +27,14 @@ class DecisionNorm(nn.BatchNorm1d):
         own_mean, own_var = mean.to(x.dtype), var.to(x.dtype)
         if from_batch and not self.track_running_stats:
             own_mean, own_var = own_mean.clone(), own_var.clone()
-        momentum = 0.0 if self.momentum is None else self.momentum
+        momentum = self.momentum
+        if momentum is None:  # a cumulative average
+            momentum = 0.0
+            if from_batch and self.track_running_stats:
+                count = self.num_batches_tracked
+                assert count is not None
+                count.add_(1)
+                momentum = 1.0 / float(count)
         y = F.batch_norm(x, own_mean, own_var, weight.to(x.dtype), bias.to(x.dtype), from_batch, momentum, self.eps)
         if from_batch and self.track_running_stats and x.dtype != mean.dtype:
             mean.copy_(own_mean)
@@ -43,6 +53,41 @@ def statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.track_running_stats = True
+
+
+def measures(block: nn.Module, batch: int, places: int) -> Dict[str, Measure]:
+    """What the norms of a `Cbam2` will measure by, by their names in it, for maps of so many samples and positions."""
+    channel, spatial = block.channel, block.spatial
+    norms = {"channel.norm": channel.norm, "spatial.router.norm": spatial.router.norm}
+    if channel.router is not None:
+        norms["channel.router.norm"] = channel.router.norm
+    if spatial.learned is not None:
+        norms["spatial.learned.norm"] = spatial.learned.norm
+    found: Dict[str, Measure] = {}
+    for name, norm in norms.items():
+        if norm is not None:
+            count = batch * (places if name == "spatial.learned.norm" else 1)
+            by_batch = norm.training and count > 1
+            found[name] = None if by_batch else (norm.running_mean.clone(), norm.running_var.clone())
+    return found
+
+
+@contextlib.contextmanager
+def measured_by(block: nn.Module, found: Mapping[str, Measure]) -> Iterator[Dict[str, torch.Tensor]]:
+    """Meanwhile the norms of `block` measure by what they once did, and keep nothing; gives buffers to call it with."""
+    norms = {name: block.get_submodule(name) for name in found}
+    before = {name: (norm.training, norm.track_running_stats) for name, norm in norms.items()}
+    buffers = {}
+    for name, norm in norms.items():
+        measure = found[name]
+        norm.training, norm.track_running_stats = measure is None, measure is not None
+        if measure is not None:
+            buffers[f"{name}.running_mean"], buffers[f"{name}.running_var"] = measure
+    try:
+        yield buffers
+    finally:
+        for name, norm in norms.items():
+            norm.training, norm.track_running_stats = before[name]
 
 
 class LearnedMaps(nn.Module):

@@ -6,15 +6,17 @@ networks between the passes are differentiated by autograd as they are, and the 
 `passes_cbam2`.
 """
 
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils.parametrize import is_parametrized
 
+from .decisions_cbam2 import DecisionNorm, Measure, measured_by, measures
 from .parts_cbam2 import has_hooks, no_autocast
 from .passes_cbam2 import Affine, End, Small, passes_for
 from .small_backward_cbam2 import channel_backward, spatial_backward
@@ -31,6 +33,7 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and x.numel() > 0
         and not block.is_plain
+        and (block.spatial.learned is None or not is_parametrized(block.spatial.learned.conv))
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
         and not _has_any_global_hook()
         and forward_ad._current_level < 0
@@ -44,11 +47,14 @@ def _is_bare(module: nn.Module, is_block: bool) -> bool:
         return False  # the parts are never called as such
     if any(p._backward_hooks for p in module._parameters.values() if p is not None):
         return False  # the inner graphs would call them once more
+    if isinstance(module, _BatchNorm) and (type(module) is not DecisionNorm or module.running_mean is None):
+        return False  # SyncBatchNorm looks at other processes' batches too
     # In replicas of DataParallel and under FSDP1 weights are plain attributes, whose gradient would be lost.
-    return not isinstance(module, nn.Conv2d) or "weight" in module._parameters or is_parametrized(module)
+    return not isinstance(module, (nn.Conv2d, _BatchNorm)) or "weight" in module._parameters or is_parametrized(module)
 
 
 NO_END = End()
+LEARNED = "learned.conv.weight"
 
 
 class _Call(NamedTuple):
@@ -61,6 +67,7 @@ class _Call(NamedTuple):
     names: Tuple[str, ...] = ()  # of the parameters of the channel part, then of the spatial part
     channel_parameters: int = 0
     by_hand: bool = False  # the small networks need no graph
+    found: Mapping[str, Measure] = {}  # what norms of decisions measure by
 
 
 class _Graphs(NamedTuple):
@@ -68,7 +75,7 @@ class _Graphs(NamedTuple):
 
     squeezes: torch.Tensor  # (B, 2, C)
     ca: torch.Tensor  # (B, C)
-    maps: torch.Tensor  # (B, 2, H, W)
+    maps: torch.Tensor  # (B, 2 + P, H, W)
     sa: torch.Tensor  # (B, H, W)
 
 
@@ -87,12 +94,12 @@ def _spatial(call: _Call, maps: torch.Tensor, convolve: Any) -> torch.Tensor:
 
 def _forward(call: _Call, passes: Any, end: End, with_grad: bool) -> Tuple[torch.Tensor, Small, Optional[_Graphs]]:
     """The output, the small tensors, and their graphs where they are needed and were not left for the backward."""
-    if passes.whole is not None and not with_grad:
-        return (*passes.whole(call.block, end, call.drop), None)
     squeezes = passes.squeeze()
     with torch.set_grad_enabled(with_grad):
         ca = _channel(call, squeezes.requires_grad_(with_grad))
-    maps = passes.maps(ca.detach())
+    learned = call.block.spatial.learned
+    weight = () if learned is None else (learned.conv.weight.detach().flatten(1).to(ca.dtype),)
+    maps = passes.maps(ca.detach(), *weight)
     with torch.set_grad_enabled(with_grad):
         sa = _spatial(call, maps.requires_grad_(with_grad), passes.convolve)
     small = Small(squeezes.detach(), ca.detach(), maps.detach(), sa.detach())
@@ -118,11 +125,12 @@ class _Cbam2Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, x: torch.Tensor, shortcut: Any, gamma: Any, weight: Any, bias: Any, *rest: Any):
         mean = invstd = None
+        learned = call.block.spatial.learned is not None
         if call.norm is None:
-            passes = passes_for(x)
+            passes = passes_for(x, learned=learned)
         else:
             normalised, mean, invstd = _train_norm(call.norm, x)
-            passes = passes_for(normalised, owned=True)
+            passes = passes_for(normalised, owned=True, learned=learned)
         end = End(shortcut, gamma, call.relu, call.drop is not None)
         out, small, graphs = _forward(call, passes, end, with_grad=not call.by_hand)
         ctx.call, ctx.small, ctx.graphs, ctx.again = call, small, graphs, passes.again
@@ -139,7 +147,7 @@ class _Cbam2Function(torch.autograd.Function):
         passes = ctx.again(x, affine)  # as in the forward pass, whatever was switched on or off since
         g_sa = passes.start_backward(g, ctx.small, gamma, out)
         g_maps, spatial_grads = _small_backward(ctx, True, parameters, g_sa, passes)
-        g_ca = passes.channel_gradient(g_maps[:, 0], g_maps[:, 1])
+        g_ca, spatial_grads = _channel_gradient(ctx, parameters, g_maps, passes, spatial_grads)
         g_squeezes, channel_grads = _small_backward(ctx, False, parameters, g_ca, passes)
         g_gamma = passes.gamma_gradient() if ctx.needs_input_grad[3] else None
         g_x = g_weight = g_bias = None
@@ -147,6 +155,21 @@ class _Cbam2Function(torch.autograd.Function):
             g_x, g_weight, g_bias = passes.input_gradient(g_squeezes[:, 0], g_squeezes[:, 1])
         g_shortcut = passes.g if ctx.needs_input_grad[2] else None
         return (None, g_x, g_shortcut, g_gamma, g_weight, g_bias, *channel_grads, *spatial_grads)
+
+
+def _channel_gradient(ctx: Any, parameters: Sequence, g_maps: torch.Tensor, passes: Any, grads: Sequence) -> Any:
+    """The gradient of ca, and those of the spatial part's parameters with that of the weights of learned maps."""
+    names = ctx.call.names[ctx.call.channel_parameters :]
+    if LEARNED not in names:
+        return passes.channel_gradient(g_maps[:, 0], g_maps[:, 1]), grads
+    at = names.index(LEARNED)
+    weight = parameters[ctx.call.channel_parameters + at]
+    learned = weight.flatten(1).to(g_maps.dtype)
+    g_ca = passes.channel_gradient(g_maps[:, 0], g_maps[:, 1], g_maps[:, 2:], learned)
+    found = None
+    if ctx.needs_input_grad[6 + ctx.call.channel_parameters + at]:
+        found = passes.learned_gradient.view_as(weight).to(weight.dtype)
+    return g_ca, [*grads[:at], found, *grads[at + 1 :]]
 
 
 def _small_backward(ctx: Any, is_spatial: bool, parameters: Sequence, g: torch.Tensor, passes: Any) -> Tuple:
@@ -159,10 +182,13 @@ def _small_backward(ctx: Any, is_spatial: bool, parameters: Sequence, g: torch.T
         squeezes, ca, maps, sa = ctx.graphs
         return _differentiate(sa if is_spatial else ca, maps if is_spatial else squeezes, mine, needs, g)
     named = dict(zip(call.names[own], mine))
+    prefix = "spatial." if is_spatial else "channel."
+    found = {name[len(prefix) :]: measure for name, measure in call.found.items() if name.startswith(prefix)}
     if is_spatial:
-        g_in, grads = spatial_backward(call.block.spatial, named, ctx.small.maps, g, call.drop, passes.kernel)
+        g_in, grads = spatial_backward(call.block.spatial, named, found, ctx.small.maps, g, call.drop, passes.kernel)
     else:
-        g_in, grads = channel_backward(call.block.channel, named, ctx.small.squeezes, g)
+        g_in, grads = channel_backward(call.block.channel, named, found, ctx.small.squeezes, g)
+    needs = [need and name != LEARNED for name, need in zip(named, needs)]  # that one is found by a pass
     wanted = [grads[name].to(p.dtype) if need else None for (name, p), need in zip(named.items(), needs)]
     return g_in, wanted
 
@@ -200,7 +226,9 @@ def _recompute(ctx: Any, g: torch.Tensor, inputs: List[Any]) -> List[Any]:
         x, shortcut, gamma, weight, bias, *parameters = inputs
         if call.norm is not None:
             x = F.batch_norm(x, None, None, weight, bias, True, 0.0, call.norm.eps)
-        out = torch.func.functional_call(plain, dict(zip(names, parameters)), (x,))
+        with measured_by(call.block, call.found) as buffers:
+            own = {**dict(zip(names, parameters)), **{f"block.{name}": b for name, b in buffers.items()}}
+            out = torch.func.functional_call(plain, own, (x,))
         if gamma is not None:
             out = out * gamma[:, None, None]
         if call.drop is not None:
@@ -241,7 +269,8 @@ def fused(
     named = [list(part.named_parameters()) for part in (block.channel, block.spatial)]
     names = tuple(name for part in named for name, _ in part)
     by_hand = not any("parametrizations" in name for name in names)
-    call = _Call(block, end.relu, drop, norm, names, len(named[0]), by_hand)
+    found = measures(block, x.shape[0], x.shape[2] * x.shape[3])
+    call = _Call(block, end.relu, drop, norm, names, len(named[0]), by_hand, found)
     weights = (None, None) if norm is None else (norm.weight, norm.bias)
     with no_autocast(x):
         inputs = (x, end.shortcut, end.gamma, *weights, *(p for part in named for _, p in part))
@@ -259,5 +288,5 @@ def fused_without_grad(
         owned: x is nobody else's and may be overwritten.
     """
     with torch.no_grad(), no_autocast(x):
-        passes = passes_for(x, affine, owned)
+        passes = passes_for(x, affine, owned, learned=block.spatial.learned is not None)
         return _forward(_Call(block), passes, end, with_grad=False)[0]

@@ -3,12 +3,13 @@
 With the masks ca (B, C) and sa (B, H, W), y = x·ca, and what follows in a residual block (`End`),
 
     out = act(shortcut + γ·y·sa)            g = that of out, 0 where the activation is flat: also the shortcut's
-    g_sa = Σ_c γ·g·y                        g_y = γ·g·sa + g_avg/C + g_max at the maximum over channels
+    g_sa = Σ_c γ·g·y                        g_y = γ·g·sa + g_avg/C + g_max at the maximum over channels + Wᵀ·g_learned
     g_ca = Σ_hw g_y·x                       g_x = g_y·ca + g_savg/HW + g_smax at the maximum over positions
-    g_γ = Σ_b ca·Σ_hw g·x·sa
+    g_γ = Σ_b ca·Σ_hw g·x·sa                g_W = Σ_b ca·Σ_hw g_learned·x
 
-where the gradients of the four squeezes come from the small networks. Equal maxima share their gradient evenly, as in
-autograd's own `amax`. The class below is made for one pass through a block and keeps what its next step needs.
+where W (P, C) makes the learned maps of y, if there are any, and the gradients of the four squeezes come from the small
+networks. Equal maxima share their gradient evenly, as in autograd's own `amax`. The class below is made for one pass
+through a block and keeps what its next step needs.
 """
 
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
@@ -47,7 +48,7 @@ class Small(NamedTuple):
 
     squeezes: torch.Tensor  # (B, 2, C), average and maximum over positions
     ca: torch.Tensor  # (B, C)
-    maps: torch.Tensor  # (B, 2, H, W), average and maximum over channels
+    maps: torch.Tensor  # (B, 2 + P, H, W), average and maximum over channels, learned maps
     sa: torch.Tensor  # (B, H, W)
 
 
@@ -67,11 +68,16 @@ def registered(device_type: str) -> Optional[Callable[..., Any]]:
     return _registered.get(device_type)
 
 
-def passes_for(x: torch.Tensor, affine: Optional[Affine] = None, owned: bool = False) -> Any:
-    """What runs the passes over x (B, C, H, W), or over scale·x + shift; `owned`: x may be overwritten."""
+def passes_for(x: torch.Tensor, affine: Optional[Affine] = None, owned: bool = False, learned: bool = False) -> Any:
+    """What runs the passes over x (B, C, H, W), or over scale·x + shift.
+
+    `owned`: x may be overwritten. `learned`: there are learned maps, which a kernel need not know.
+    """
     make = _registered.get(x.device.type)
     found = None if make is None else make(x, affine, owned)
-    return TorchPasses(x, affine, owned) if found is None else found
+    if found is None or (learned and not getattr(found, "learns", False)):
+        return TorchPasses(x, affine, owned)
+    return found
 
 
 def _chunks(x: torch.Tensor) -> List[slice]:
@@ -87,13 +93,22 @@ def _across(values: torch.Tensor) -> torch.Tensor:
     return values[..., None, None]
 
 
+def _add_product(g_y: torch.Tensor, g: torch.Tensor, learned: torch.Tensor) -> None:
+    """Adds learnedᵀ·g, of (P, C) and (b, P, H·W), to g_y (b, C, H, W)."""
+    rows = g_y.flatten(2).transpose(1, 2)  # (b, H·W, C)
+    if rows.data_ptr() == g_y.data_ptr():
+        rows.baddbmm_(g.transpose(1, 2), learned.expand(len(g), -1, -1))
+    else:  # a copy: positions lie otherwise than by rows
+        g_y.add_(torch.matmul(learned.t(), g).view(g_y.shape))
+
+
 class TorchPasses:
     """By torch's own operations; on a CPU a few samples at a time, so that memory is read and written once where each
     operation alone would do it again."""
 
     kernel = None  # compiled operations
     convolve = None
-    whole = None  # a kernel's forward pass in one call
+    learns = True  # knows learned maps
 
     def __init__(self, x: torch.Tensor, affine: Optional[Affine] = None, owned: bool = False) -> None:
         self.given, self.affine, self.owned = x, affine, owned
@@ -123,15 +138,19 @@ class TorchPasses:
             out[c, 1] = x.amax((2, 3))
         return out
 
-    def maps(self, ca: torch.Tensor) -> torch.Tensor:
-        """The average and the maximum over channels of x·ca, (B, 2, H, W), for ca (B, C)."""
+    def maps(self, ca: torch.Tensor, learned: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """The average and the maximum over channels of x·ca, and its sums weighted by `learned` (P, C), for ca (B, C):
+        (B, 2 + P, H, W)."""
         mask = _across(ca.to(self.x.dtype))
         self.y = self.x if self.owned else torch.empty_like(self.x)
-        out = self.x.new_empty((self.x.shape[0], 2, *self.x.shape[2:]), dtype=self.dtype)
+        count = 2 if learned is None else 2 + len(learned)
+        out = self.x.new_empty((self.x.shape[0], count, *self.x.shape[2:]), dtype=self.dtype)
         for c in self.chunks:
             y = torch.mul(self.x[c], mask[c], out=self.y[c])
             torch.mean(y, 1, dtype=self.dtype, out=out[c, 0])
             out[c, 1] = y.amax(1)
+            if learned is not None:
+                out[c, 2:] = torch.matmul(learned, y.flatten(2).to(self.dtype)).view_as(out[c, 2:])
         return out
 
     def finish(self, ca: torch.Tensor, sa: torch.Tensor, end: End) -> torch.Tensor:
@@ -170,13 +189,20 @@ class TorchPasses:
             torch.sum(p, 1, dtype=self.dtype, out=g_sa[c])
         return g_sa
 
-    def channel_gradient(self, g_avg: torch.Tensor, g_max: torch.Tensor) -> torch.Tensor:
-        """The gradient of ca (B, C) from those of the two maps (B, H, W)."""
-        largest, g_max = self.small.maps[:, 1:], g_max[:, None]
+    def channel_gradient(
+        self,
+        g_avg: torch.Tensor,
+        g_max: torch.Tensor,
+        g_learned: Optional[torch.Tensor] = None,
+        learned: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """The gradient of ca (B, C) from those of the maps (B, H, W), of the learned ones (B, P, H, W)."""
+        largest, g_max = self.small.maps[:, 1:2], g_max[:, None]
         g_avg = g_avg[:, None] / self.x.shape[1]
         self.g_x = torch.empty_like(self.x)
         g_ca = torch.empty_like(self.small.ca)
         self.by_channel = torch.empty_like(g_ca)  # Σ_hw g·x·sa, which layer-scale needs
+        by_map = None if learned is None else g_ca.new_empty(len(g_ca), *learned.shape)
         for c in self.chunks:
             x, y = self.x[c], self.scratch[: len(self.x[c])]
             if self.dtype == x.dtype:
@@ -192,9 +218,15 @@ class TorchPasses:
                 y.copy_(x * self.ca[c])
             at = torch.eq(y, largest[c], out=y)  # 1 and 0
             g_y.add_(g_avg[c]).addcmul_(at, g_max[c] / at.sum(1, keepdim=True))
+            if g_learned is not None:
+                given = g_learned[c].flatten(2)  # (b, P, H·W)
+                _add_product(g_y, given, learned)
+                by_map[c] = torch.bmm(given, x.flatten(2).transpose(1, 2).to(self.dtype))
             torch.sum(torch.mul(g_y, x, out=y), (2, 3), out=g_ca[c])
             if self.dtype != x.dtype:
                 self.g_x[c] = g_y
+        if g_learned is not None:
+            self.learned_gradient = (by_map * self.small.ca[:, None]).sum(0)  # (P, C)
         return g_ca
 
     def input_gradient(

@@ -10,13 +10,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .decisions_cbam2 import Measure
+from .dense_cbam2 import dense_kernels, dense_kernels_backward, place_backward, place_of
 from .parts_cbam2 import coordinates
-from .small_cbam2 import coordinate_rows, dense_kernels, dense_kernels_backward, kept_windows, mixes_samples
+from .small_cbam2 import mixes_samples, of_maps
 
 __all__ = ["channel_backward", "spatial_backward"]
 
 Grads = Dict[str, torch.Tensor]
 Own = Mapping[str, torch.Tensor]
+Found = Mapping[str, Measure]
 
 
 def _matrix(own: Own, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -36,17 +39,40 @@ def _dense_backward(own: Own, grads: Grads, name: str, x: torch.Tensor, g: torch
     return g @ _matrix(own, name, g.dtype)
 
 
+class _Norm:
+    """A `DecisionNorm`, or None for none, measuring as `found` says."""
+
+    def __init__(self, norm: Optional[nn.Module], own: Own, found: Found, name: str, x: torch.Tensor) -> None:
+        self.norm, self.name, self.x, self.y = norm, name, x, x
+        if norm is None:
+            return
+        weight, bias = own[f"{name}.weight"].to(x.dtype), own[f"{name}.bias"].to(x.dtype)
+        measure = found[name]
+        by = (None, None) if measure is None else tuple(t.to(x.dtype) for t in measure)
+        self.y, *of_batch = torch.native_batch_norm(x, weight, bias, *by, measure is None, 0.0, norm.eps)
+        self.given = (weight, *by, *of_batch, measure is None, norm.eps, [True] * 3)
+
+    def backward(self, g: torch.Tensor, grads: Grads) -> torch.Tensor:
+        """The gradient of x from that of y."""
+        if self.norm is None:
+            return g
+        g, *own = torch.ops.aten.native_batch_norm_backward(g.contiguous(), self.x, *self.given)
+        grads[f"{self.name}.weight"], grads[f"{self.name}.bias"] = own
+        return g
+
+
 class _Router:
-    def __init__(self, own: Own, x: torch.Tensor) -> None:
+    def __init__(self, router: nn.Module, own: Own, found: Found, x: torch.Tensor) -> None:
         self.own, self.x = own, x
         dtype = x.dtype
         self.hidden = F.linear(x, _matrix(own, "router.fc1", dtype), _bias(own, "router.fc1", dtype)).relu_()
         z = F.linear(self.hidden, _matrix(own, "router.fc2", dtype), _bias(own, "router.fc2", dtype))
-        self.weights = z.softmax(-1)
+        self.norm = _Norm(router.norm, own, found, "router.norm", z)
+        self.weights = self.norm.y.softmax(-1)
 
     def backward(self, g: torch.Tensor, grads: Grads) -> torch.Tensor:
         """The gradient of x from that of the weights."""
-        g = torch._softmax_backward_data(g, self.weights, -1, g.dtype)
+        g = self.norm.backward(torch._softmax_backward_data(g, self.weights, -1, g.dtype), grads)
         g = _dense_backward(self.own, grads, "router.fc2", self.hidden, g)
         g = torch.ops.aten.threshold_backward(g, self.hidden, 0)
         return _dense_backward(self.own, grads, "router.fc1", self.x, g)
@@ -78,12 +104,15 @@ def _gate_backward(part: nn.Module, own: Own, z: torch.Tensor, g: torch.Tensor, 
     return g - g.mean(over, keepdim=True) if part.center else g
 
 
-def channel_backward(part: nn.Module, own: Own, squeezes: torch.Tensor, g: torch.Tensor) -> Tuple[torch.Tensor, Grads]:
+def channel_backward(
+    part: nn.Module, own: Own, found: Found, squeezes: torch.Tensor, g: torch.Tensor
+) -> Tuple[torch.Tensor, Grads]:
     """Of a `ChannelAttn`.
 
     Args:
         part: The layer.
         own: Its parameters by name.
+        found: What its norms measured by.
         squeezes: (B, 2, C).
         g: (B, C), the gradient of the mask.
 
@@ -93,10 +122,11 @@ def channel_backward(part: nn.Module, own: Own, squeezes: torch.Tensor, g: torch
     grads: Grads = {}
     batch, _, channels = squeezes.shape
     dtype = squeezes.dtype
-    flat = squeezes.view(2 * batch, channels)
+    norm = _Norm(part.norm, own, found, "norm", squeezes.view(batch, 2 * channels))
+    flat = norm.y.view(2 * batch, channels)
     hidden = F.linear(flat, _matrix(own, "fc1", dtype), _bias(own, "fc1", dtype)).relu_()
     both = hidden.view(batch, 2, -1)
-    router = None if part.router is None else _Router(own, squeezes.view(batch, 2 * channels))
+    router = None if part.router is None else _Router(part.router, own, found, norm.y)
     if router is not None:
         mix = router.weights
     elif part.fusion_logits is not None:
@@ -113,14 +143,14 @@ def channel_backward(part: nn.Module, own: Own, squeezes: torch.Tensor, g: torch
         grads["fc2.bias"] = scale * grads["fc2.bias"]
     g_hidden = (mix[:, :, None] * g_mixed[:, None]).view_as(hidden)
     g_flat = _dense_backward(own, grads, "fc1", flat, torch.ops.aten.threshold_backward(g_hidden, hidden, 0))
-    g_squeezes = g_flat.view(batch, 2, channels)
+    g_squeezes = g_flat.view(batch, 2 * channels)
     if not part.is_sum:
         g_mix = torch.bmm(both, g_mixed[:, :, None])[:, :, 0]
         if router is not None:
-            g_squeezes = g_squeezes + router.backward(g_mix, grads).view(batch, 2, channels)
+            g_squeezes = g_squeezes + router.backward(g_mix, grads)
         else:
             grads["fusion_logits"] = torch._softmax_backward_data(g_mix.sum(0), shares, 0, dtype)
-    return g_squeezes, grads
+    return norm.backward(g_squeezes, grads).view(batch, 2, channels), grads
 
 
 class _Pooled:
@@ -134,28 +164,37 @@ class _Pooled:
             self.across = coordinates(width, maps.device, maps.dtype)
             self.down = coordinates(height, maps.device, maps.dtype)
             x = maps[:, 0].mean(1) @ self.across / width
-            self.x = torch.cat([self.x, torch.stack([x, maps[:, 0].mean(2) @ self.down / height], 1)], 1)
+            moments = torch.stack([x, maps[:, 0].mean(2) @ self.down / height], 1)
         elif part.coords:
-            self.x = F.pad(self.x, [0, 2])  # the mean of a symmetric coordinate is 0
+            moments = self.x.new_zeros(len(maps), 2)  # the mean of a symmetric coordinate is 0
+        if part.coords:
+            self.x = torch.cat([self.x[:, :2], moments, self.x[:, 2:]], 1)
 
     def backward(self, g: torch.Tensor, g_maps: torch.Tensor) -> torch.Tensor:
-        """g_maps (B, 2, H, W) and what comes by way of the router, g being the gradient of x."""
+        """g_maps (B, M, H, W) and what comes by way of the router, g being the gradient of x."""
         g = g[:, :, None, None] / self.places
-        g_maps = g_maps + g[:, :2]
+        g_maps = g_maps + of_maps(self.part, g)
         if self.part.moments:
             g_maps[:, 0] += g[:, 2] * self.across + g[:, 3] * self.down[:, None]
         return g_maps
 
 
 def spatial_backward(
-    part: nn.Module, own: Own, maps: torch.Tensor, g: torch.Tensor, drop: Optional[torch.Tensor], kernel: Any
+    part: nn.Module,
+    own: Own,
+    found: Found,
+    maps: torch.Tensor,
+    g: torch.Tensor,
+    drop: Optional[torch.Tensor],
+    kernel: Any,
 ) -> Tuple[torch.Tensor, Grads]:
-    """Of a `SpatialAttn`.
+    """Of a `SpatialAttn`, but for what makes the learned maps of the features.
 
     Args:
         part: The layer.
         own: Its parameters by name.
-        maps: (B, 2, H, W).
+        found: What its norms measured by.
+        maps: (B, M, H, W).
         g: (B, H, W), the gradient of the mask times `drop`.
         drop: (B,), or None for ones.
         kernel: Compiled convolutions, or None for torch's.
@@ -164,21 +203,31 @@ def spatial_backward(
         The gradient of the maps, and those of the parameters by name.
     """
     grads: Grads = {}
-    batch, _, height, width = maps.shape
-    taps, dtype = part.footprint, maps.dtype
-    g = g if drop is None else g * drop.to(dtype)[:, None, None]
+    norm = None
+    if part.learned is not None:
+        norm = _Norm(part.learned.norm, own, found, "learned.norm", maps[:, 2:].contiguous())
+        maps = torch.cat([maps[:, :2], norm.y], 1)
+    g = g if drop is None else g * drop.to(maps.dtype)[:, None, None]
     pooled = _Pooled(part, maps)
-    router = _Router(own, pooled.x)
-    dense, kept = dense_kernels(part, own, dtype)  # (K, S, f, f)
-    seen, choices = dense[:, :2].flatten(1), dense.shape[0]
-    windows = kept_windows(height, width, taps, maps.device, dtype)
-    place = None
-    if part.coords:
-        place = (coordinate_rows(dense[:, 2:], windows) @ windows[2].t()).view(choices, height * width)
-    mix = router.weights
+    router = _Router(part.router, own, found, pooled.x)
+    g_maps, g_mix = _mask_backward(part, own, maps, router.weights, g, kernel, grads)
+    g_maps = pooled.backward(router.backward(g_mix, grads), g_maps)
+    if norm is not None:
+        g_maps = torch.cat([g_maps[:, :2], norm.backward(g_maps[:, 2:], grads)], 1)
+    return g_maps, grads
+
+
+def _mask_backward(
+    part: nn.Module, own: Own, maps: torch.Tensor, mix: torch.Tensor, g: torch.Tensor, kernel: Any, grads: Grads
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of the maps (B, M, H, W) and of the branches' weights (B, K) from that of the mask."""
+    batch, count, height, width = maps.shape
+    taps = part.footprint
+    dense, kept = dense_kernels(part, own, maps.dtype)  # (K, S, f, f)
+    seen, choices = of_maps(part, dense).flatten(1), dense.shape[0]
+    place = place_of(part, dense, height, width) if part.coords else None
     if mixes_samples(maps, kernel):
-        own_kernels = mix @ seen
-        z, convolution = _convolve_mixed(maps, own_kernels, taps, kernel)
+        z, convolution = _convolve_mixed(maps, mix @ seen, taps, kernel)
         if place is not None:
             z = z + (mix @ place).view(batch, height, width)
         g_z = _gate_backward(part, own, z, g, grads)
@@ -189,7 +238,7 @@ def spatial_backward(
             g_mix = g_mix + flat @ place.t()
         g_place = mix.t() @ flat
     else:
-        by_branch = F.conv2d(maps, seen.view(choices, 2, taps, taps), padding=taps // 2).flatten(2)
+        by_branch = F.conv2d(maps, seen.view(choices, count, taps, taps), padding=taps // 2).flatten(2)
         by_branch = by_branch if place is None else by_branch + place
         z = torch.bmm(mix[:, None], by_branch).view(batch, height, width)
         flat = _gate_backward(part, own, z, g, grads).flatten(1)
@@ -197,17 +246,14 @@ def spatial_backward(
         g_branch = mix[:, :, None] * flat[:, None]
         g_place = g_branch.sum(0)
         g_maps, g_seen = _convolution_backward(
-            g_branch.view(batch, choices, height, width), maps, seen.view(choices, 2, taps, taps), 1
+            g_branch.view(batch, choices, height, width), maps, seen.view(choices, count, taps, taps), 1
         )
-        g_seen = g_seen.flatten(1)
-    g_dense = g_seen.view(choices, 2, taps, taps)
+    g_dense = g_seen.view(choices, count, taps, taps)
     if part.coords:
-        g_rows = (g_place.view(choices * height, width) @ windows[2]).view(choices, height, 2, taps)
-        g_x = torch.einsum("hi,khj->kij", windows[0], g_rows[:, :, 0])
-        g_y = torch.einsum("hi,khj->kij", windows[1], g_rows[:, :, 1])
-        g_dense = torch.cat([g_dense, torch.stack([g_x, g_y], 1)], 1)
+        g_coords = place_backward(part, g_place, height, width)
+        g_dense = torch.cat([g_dense[:, :2], g_coords, g_dense[:, 2:]], 1)
     grads.update(dense_kernels_backward(part, own, kept, g_dense))
-    return pooled.backward(router.backward(g_mix, grads), g_maps), grads
+    return g_maps, g_mix
 
 
 def _convolution_backward(g: torch.Tensor, maps: torch.Tensor, weight: torch.Tensor, groups: int) -> Any:
@@ -219,24 +265,24 @@ def _convolution_backward(g: torch.Tensor, maps: torch.Tensor, weight: torch.Ten
 
 def _convolve_mixed(maps: torch.Tensor, kernels: torch.Tensor, taps: int, kernel: Any) -> Any:
     """Each sample's maps with its own kernel, (B, H, W), and the function from its gradient to theirs."""
-    batch, _, height, width = maps.shape
+    batch, count, height, width = maps.shape
     if kernel is not None:
-        kernels = kernels.view(batch, 2, taps, taps)
+        kernels = kernels.view(batch, count, taps, taps)
 
         def compiled(g: torch.Tensor) -> Any:
             g_maps, g_kernels = kernel.convolve_backward(g.contiguous(), maps, kernels)
             return g_maps, g_kernels.flatten(1)
 
         return kernel.convolve(maps, kernels), compiled
-    rows = maps.view(1, 2 * batch, height, width).contiguous(memory_format=torch.channels_last)
-    weight = kernels.view(2 * batch, 1, taps, taps)
+    rows = maps.view(1, count * batch, height, width).contiguous(memory_format=torch.channels_last)
+    weight = kernels.view(count * batch, 1, taps, taps)
 
     def backward(g: torch.Tensor) -> Any:
-        g = g[:, None].expand(batch, 2, height, width).reshape(1, 2 * batch, height, width)
+        g = g[:, None].expand(batch, count, height, width).reshape(1, count * batch, height, width)
         g_maps, g_kernels = _convolution_backward(
-            g.contiguous(memory_format=torch.channels_last), rows, weight, 2 * batch
+            g.contiguous(memory_format=torch.channels_last), rows, weight, count * batch
         )
-        return g_maps.reshape(batch, 2, height, width), g_kernels.reshape(batch, -1)
+        return g_maps.reshape(batch, count, height, width), g_kernels.reshape(batch, -1)
 
-    z = F.conv2d(rows, weight, padding=taps // 2, groups=2 * batch)
-    return z.reshape(batch, 2, height, width).sum(1), backward
+    z = F.conv2d(rows, weight, padding=taps // 2, groups=count * batch)
+    return z.reshape(batch, count, height, width).sum(1), backward

@@ -5,26 +5,22 @@ They compute what `ChannelAttn.mask_of` and `SpatialAttn.mask_of` do, in dense s
 nothing is trained.
 """
 
-import functools
 import weakref
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .dense_cbam2 import dense_kernels, own_kernels, place_of
 from .parts_cbam2 import apply_gate, coordinates
 
 __all__ = [
     "channel_mask",
     "channel_weights",
-    "coordinate_rows",
-    "coordinate_windows",
-    "dense_kernels",
-    "dense_kernels_backward",
     "kept_spatial_weights",
-    "kept_windows",
     "mixes_samples",
+    "of_maps",
     "spatial_mask",
     "spatial_weights",
 ]
@@ -44,7 +40,7 @@ class ChannelWeights(NamedTuple):
 
 
 class SpatialWeights(NamedTuple):
-    kernel: torch.Tensor  # (K, 2·f·f), of the average and the maximum
+    kernel: torch.Tensor  # (K, M·f·f), of average, maximum and learned maps
     place: Optional[torch.Tensor]  # (K, H·W), what the coordinates add
     router: Router
     temperature: torch.Tensor  # (1,)
@@ -56,9 +52,10 @@ def _dense(conv: nn.Conv2d, dtype: torch.dtype) -> Tuple[torch.Tensor, Optional[
     return weight.flatten(1).to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _route(router: Router, x: torch.Tensor) -> torch.Tensor:
+def _route(router: Router, norm: Optional[nn.Module], x: torch.Tensor) -> torch.Tensor:
     fc1, bias1, fc2, bias2 = router
-    return F.linear(F.linear(x, fc1, bias1).relu_(), fc2, bias2).softmax(-1)
+    z = F.linear(F.linear(x, fc1, bias1).relu_(), fc2, bias2)
+    return (z if norm is None else norm(z)).softmax(-1)
 
 
 def channel_weights(part: nn.Module, dtype: torch.dtype) -> ChannelWeights:
@@ -76,9 +73,11 @@ def channel_weights(part: nn.Module, dtype: torch.dtype) -> ChannelWeights:
 def channel_mask(part: nn.Module, weights: ChannelWeights, squeezes: torch.Tensor) -> torch.Tensor:
     """The mask (B, C) from the average and the maximum over positions, (B, 2, C)."""
     batch, _, channels = squeezes.shape
+    if part.norm is not None:
+        squeezes = part.norm(squeezes.view(batch, 2 * channels)).view(batch, 2, channels)
     hidden = F.linear(squeezes.view(2 * batch, channels), weights.fc1, weights.fc1_bias).relu_().view(batch, 2, -1)
     if weights.router is not None:
-        mix = _route(weights.router, squeezes.view(batch, 2 * channels))
+        mix = _route(weights.router, part.router.norm, squeezes.view(batch, 2 * channels))
         hidden = torch.bmm(mix[:, None], hidden)[:, 0]
     else:
         hidden = (hidden if weights.mix is None else hidden * weights.mix).sum(1)
@@ -88,120 +87,22 @@ def channel_mask(part: nn.Module, weights: ChannelWeights, squeezes: torch.Tenso
     return apply_gate(z / weights.temperature, part.gate)
 
 
-@functools.lru_cache(64)
-def _tap_places(
-    shapes: Tuple[Tuple[int, int], ...], taps: int, device: torch.device, inference: bool
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Where each place of the dense kernels (K, f, f) finds its tap among those of all branches in a row, and where
-    there is none, one past the last: (K·f·f,); and where each tap is in them. `shapes` holds kernel size and dilation.
-    """
-    total = sum(k * k for k, _ in shapes)
-    places = torch.full((len(shapes), taps, taps), total, device=device)
-    first = 0
-    for choice, (k, dilation) in enumerate(shapes):
-        margin = (taps - dilation * (k - 1) - 1) // 2
-        inner = slice(margin, taps - margin, dilation)
-        places[choice, inner, inner] = first + torch.arange(k * k, device=device).view(k, k)
-        first += k * k
-    inverse = places.flatten().argsort(stable=True)[:total]
-    return places.flatten(), inverse
-
-
-def dense_kernels(part: nn.Module, own: Mapping[str, torch.Tensor], dtype: torch.dtype) -> Tuple[torch.Tensor, Any]:
-    """`SpatialAttn.kernel`, (K, S, f, f), without an operation for each branch and step; and what its backward takes.
-
-    `own` are the layer's parameters by name.
-    """
-    if part.conv is not None:
-        return own["conv.weight"].to(dtype), None
-    count = len(part.branches)
-    weights = [own[f"branches.{i}.dw.weight"].flatten(1) for i in range(count)]
-    places = _tap_places(_shapes(part), part.footprint, weights[0].device, torch.is_inference_mode_enabled())[0]
-    taps = F.pad(torch.cat(weights, 1).to(dtype), [0, 1])  # (S, taps + 1), the last one 0
-    scale = torch.cat([own[f"branches.{i}.pw.weight"].flatten(1) for i in range(count)]).to(dtype)  # (K, S)
-    spread = taps.index_select(1, places).view(taps.shape[0], count, -1).transpose(0, 1)  # (K, S, f·f)
-    return (spread * scale[:, :, None]).view(count, -1, part.footprint, part.footprint), (spread, scale)
-
-
-def dense_kernels_backward(
-    part: nn.Module, own: Mapping[str, torch.Tensor], kept: Any, g: torch.Tensor
-) -> Dict[str, torch.Tensor]:
-    """The gradients of the weights, by name, from that of the kernels (K, S, f, f)."""
-    if part.conv is not None:
-        return {"conv.weight": g}
-    spread, scale = kept
-    g = g.flatten(2)  # (K, S, f·f)
-    inverse = _tap_places(_shapes(part), part.footprint, g.device, torch.is_inference_mode_enabled())[1]
-    by_tap = (g * scale[:, :, None]).transpose(0, 1).flatten(1).index_select(1, inverse)  # (S, taps)
-    by_branch = by_tap.split([size * size for size, _ in _shapes(part)], 1)
-    g_scale = (g * spread).sum(2)
-    grads = {}
-    for i, taps in enumerate(by_branch):
-        for name, grad in ((f"branches.{i}.dw.weight", taps), (f"branches.{i}.pw.weight", g_scale[i])):
-            grads[name] = grad.reshape(own[name].shape)
-    return grads
-
-
-def _shapes(part: nn.Module) -> Tuple[Tuple[int, int], ...]:
-    return tuple((branch.dw.kernel_size[0], branch.dilation) for branch in part.branches)
-
-
-def _own(part: nn.Module) -> Dict[str, torch.Tensor]:
-    """The weights that make the kernels, by name, parametrised or not."""
-    if part.conv is not None:
-        return {"conv.weight": part.conv.weight}
-    named = ((f"branches.{i}.{kind}.weight", b, kind) for i, b in enumerate(part.branches) for kind in ("dw", "pw"))
-    return {name: getattr(branch, kind).weight for name, branch, kind in named}
-
-
-def _met_by_taps(x: torch.Tensor, taps: int) -> torch.Tensor:
-    """What each of `taps` taps of a centred kernel meets at each position of x (n,), zeros outside: (n, taps)."""
-    padded = F.pad(x, [taps // 2, taps // 2])
-    place = torch.arange(x.shape[0], device=x.device)[:, None] + torch.arange(taps, device=x.device)
-    return padded.index_select(0, place.flatten()).view(-1, taps)
-
-
-def coordinate_windows(
-    height: int, width: int, taps: int, device: torch.device, dtype: torch.dtype
-) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a centred kernel of `taps` meets of 1 and of Y along H, (H, f) each, and of X and of 1 along W, (W, 2f)."""
-    across, down = coordinates(width, device, dtype), coordinates(height, device, dtype)
-    columns = torch.cat([_met_by_taps(across, taps), _met_by_taps(torch.ones_like(across), taps)], 1)
-    return _met_by_taps(torch.ones_like(down), taps), _met_by_taps(down, taps), columns
-
-
-def coordinate_rows(kernel: torch.Tensor, windows: Tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """The maps X and Y convolved with kernel (K, 2, f, f) along H: (K·H, 2f). Each depends on one axis only, so that
-    the whole convolution, zeros around, is a matrix product with the windows along W more."""
-    ones, down, _ = windows
-    choices, _, taps, _ = kernel.shape
-    by_column = kernel.permute(1, 2, 0, 3).flatten(2)  # (2, f, K·f)
-    rows = torch.stack([ones @ by_column[0], down @ by_column[1]]).view(2, -1, choices, taps)
-    return rows.permute(2, 1, 0, 3).flatten(2).flatten(0, 1)
-
-
-@functools.lru_cache(64)
-def _kept_windows(*size: Any, inference: bool) -> Any:  # a tensor of inference mode cannot serve autograd
-    with torch.no_grad():
-        return coordinate_windows(*size)
-
-
-def kept_windows(*size: Any) -> Any:
-    """About sixty small operations on constants, kept between passes."""
-    return _kept_windows(*size, inference=torch.is_inference_mode_enabled())
+def of_maps(part: nn.Module, stored: torch.Tensor) -> torch.Tensor:
+    """What belongs to average, maximum and learned maps, of something stored for the coordinates too: (K, S, …)."""
+    if not part.coords:
+        return stored
+    return stored[:, :2] if part.learned is None else torch.cat([stored[:, :2], stored[:, 4:]], 1)
 
 
 def spatial_weights(part: nn.Module, height: int, width: int, dtype: torch.dtype) -> SpatialWeights:
     """Of a `SpatialAttn`, for maps of one size."""
-    kernel, place = dense_kernels(part, _own(part), dtype)[0], None  # (K, S, f, f)
-    if part.coords:
-        windows = kept_windows(height, width, part.footprint, kernel.device, dtype)
-        place = (coordinate_rows(kernel[:, 2:], windows) @ windows[2].t()).view(len(kernel), height * width)
+    kernel = dense_kernels(part, own_kernels(part), dtype)[0]  # (K, S, f, f)
+    place = place_of(part, kernel, height, width) if part.coords else None
     fc1, bias = _dense(part.router.fc1, dtype)
     if part.coords and not part.moments:
-        fc1 = fc1[:, :2]  # the mean of a symmetric coordinate is 0
+        fc1 = of_maps(part, fc1)  # the mean of a symmetric coordinate is 0
     router = (fc1, bias, *_dense(part.router.fc2, dtype))
-    return SpatialWeights(kernel[:, :2].flatten(1), place, router, part.temperature(dtype))
+    return SpatialWeights(of_maps(part, kernel).flatten(1), place, router, part.temperature(dtype))
 
 
 _kept: "weakref.WeakKeyDictionary[nn.Module, Tuple[Any, Dict[Any, SpatialWeights]]]" = weakref.WeakKeyDictionary()
@@ -240,12 +141,12 @@ def kept_spatial_weights(part: nn.Module, height: int, width: int, dtype: torch.
 
 def _route_maps(part: nn.Module, router: Router, maps: torch.Tensor) -> torch.Tensor:
     height, width = maps.shape[2:]
-    pooled = maps.mean((2, 3))  # (B, 2)
+    pooled = maps.mean((2, 3))  # (B, M)
     if part.moments:
         across = maps[:, 0].mean(1) @ coordinates(width, maps.device, maps.dtype)
         down = maps[:, 0].mean(2) @ coordinates(height, maps.device, maps.dtype)
-        pooled = torch.cat([pooled, torch.stack([across / width, down / height], 1)], 1)
-    return _route(router, pooled)
+        pooled = torch.cat([pooled[:, :2], torch.stack([across / width, down / height], 1), pooled[:, 2:]], 1)
+    return _route(router, part.router.norm, pooled)
 
 
 def mixes_samples(maps: torch.Tensor, convolve: Any) -> bool:
@@ -256,28 +157,30 @@ def mixes_samples(maps: torch.Tensor, convolve: Any) -> bool:
 def spatial_mask(
     part: nn.Module, weights: SpatialWeights, maps: torch.Tensor, convolve: Optional[Callable] = None
 ) -> torch.Tensor:
-    """The mask (B, H, W) from the average and the maximum over channels, (B, 2, H, W).
+    """The mask (B, H, W) from average, maximum and learned maps, those not yet normalised, (B, M, H, W).
 
-    On a CPU the kernels of each sample are mixed before convolving. `convolve` takes maps (B, 2, H, W) and kernels
-    (B, 2, f, f); without it the samples become the channels of one depthwise convolution, which a CPU runs several
-    times faster, and its backward most of all, than a convolution from 2 to K channels.
+    On a CPU the kernels of each sample are mixed before convolving. `convolve` takes maps (B, M, H, W) and kernels
+    (B, M, f, f); without it the samples become the channels of one depthwise convolution, which a CPU runs several
+    times faster, and its backward most of all, than a convolution from M to K channels.
     """
-    batch, _, height, width = maps.shape
+    if part.learned is not None:
+        maps = torch.cat([maps[:, :2], part.learned.norm(maps[:, 2:])], 1)
+    batch, count, height, width = maps.shape
     taps = part.footprint
     mix = _route_maps(part, weights.router, maps)  # (B, K)
     if not mixes_samples(maps, convolve):
-        z = F.conv2d(maps, weights.kernel.view(-1, 2, taps, taps), padding=taps // 2).flatten(2)  # (B, K, H·W)
+        z = F.conv2d(maps, weights.kernel.view(-1, count, taps, taps), padding=taps // 2).flatten(2)  # (B, K, H·W)
         z = torch.bmm(mix[:, None], z if weights.place is None else z + weights.place).view(batch, height, width)
     else:
         kernels = mix @ weights.kernel
         if convolve is not None:
-            z = convolve(maps, kernels.view(batch, 2, taps, taps))
+            z = convolve(maps, kernels.view(batch, count, taps, taps))
         else:
-            maps = maps.view(1, 2 * batch, height, width)
+            maps = maps.view(1, count * batch, height, width)
             if torch.is_grad_enabled():
                 maps = maps.contiguous(memory_format=torch.channels_last)  # for the backward's sake
-            z = F.conv2d(maps, kernels.view(2 * batch, 1, taps, taps), padding=taps // 2, groups=2 * batch)
-            z = z.view(batch, 2, height, width).sum(1)
+            z = F.conv2d(maps, kernels.view(count * batch, 1, taps, taps), padding=taps // 2, groups=count * batch)
+            z = z.view(batch, count, height, width).sum(1)
         if weights.place is not None:
             z = z + (mix @ weights.place).view(batch, height, width)
     if part.center:

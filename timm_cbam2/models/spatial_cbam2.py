@@ -7,6 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .decisions_cbam2 import LearnedMaps, PositionRouter
+from .dense_cbam2 import coordinate_windows
 from .options_cbam2 import check_options
 from .parts_cbam2 import (
     Branch,
@@ -23,7 +24,6 @@ from .parts_cbam2 import (
     no_autocast,
     reset_convs,
 )
-from .small_cbam2 import coordinate_windows
 
 __all__ = ["SpatialAttn"]
 

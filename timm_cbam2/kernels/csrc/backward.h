@@ -129,26 +129,49 @@ struct ByChannel {
   const A *offset, *slope, *factor;   // g_z = (g_x − offset − z̃·slope)·factor
 };
 
-// g_x = (γ·g'·sa + m)·ca + g_savg + g_smax where x is at its largest over positions; then through the BatchNorm.
+// The gradients by position, (B, H·W), and of learned maps (B, P, H·W) with their weights (P, C).
+template <typename A>
+struct OfMaps {
+  const A *avg, *most, *learned, *weights;
+  int64_t count;
+};
+
+// One row of Wᵀ·g_learned.
+template <bool channel_is_inner, typename A>
+void spread_learned(const OfMaps<A>& maps, int64_t b, int64_t o, int64_t n, int64_t outer, A* row) {
+  std::fill(row, row + n, A(0));
+  const int64_t places = channel_is_inner ? outer : n, channels = channel_is_inner ? n : outer;
+  for (int64_t p = 0; p < maps.count; ++p) {
+    const A *g = maps.learned + (b * maps.count + p) * places, *weights = maps.weights + p * channels;
+    const A *along = channel_is_inner ? weights : g, one = channel_is_inner ? g[o] : weights[o];
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) row[i] += one * along[i];
+  }
+}
+
+// g_x = (γ·g'·sa + m + Wᵀ·g_learned)·ca + g_savg + g_smax where x is at its largest over positions; then through the
+// BatchNorm.
 template <typename T, bool channel_is_inner, bool normed>
-void input_gradient_of(const Backward<T>& f, const acc_t<T>* g_avg, const acc_t<T>* g_max,
-                       const ByChannel<acc_t<T>>& of, T* g_x) {
+void input_gradient_of(const Backward<T>& f, const OfMaps<acc_t<T>>& maps, const ByChannel<acc_t<T>>& of, T* g_x) {
   using A = acc_t<T>;
   const int64_t n = f.s.inner, channels = channel_is_inner ? n : f.s.outer, places = channel_is_inner ? f.s.outer : n;
   for_parts(f.s, [&](int64_t b, int64_t part) {
     const A *ca = f.ca + b * channels, *sa = f.sa + b * places, *top_c = f.top_c + b * channels,
-            *top_p = f.top_p + b * places, *avg = g_avg + b * places, *most = g_max + b * places,
+            *top_p = f.top_p + b * places, *avg = maps.avg + b * places, *most = maps.most + b * places,
             *s_avg = of.g_avg + b * channels, *s_max = of.g_max + b * channels;
+    std::vector<A> spread(maps.count ? n : 0);
     for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
       const int64_t at = (b * f.s.outer + o) * n;
       const T *gr = (f.out ? f.g_masked : f.g) + at, *zr = f.x.z + at;
       T* to = g_x + at;
+      if (maps.count) spread_learned<channel_is_inner>(maps, b, o, n, f.s.outer, spread.data());
+      const A* more = maps.count ? spread.data() : nullptr;
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
         const int64_t c = channel_is_inner ? i : o, p = channel_is_inner ? o : i;
         const A v = value_of<T, normed>(zr[i], normed ? f.x.scale[c] : A(1), normed ? f.x.shift[c] : A(0));
         const A g = static_cast<A>(gr[i]) * (f.gamma ? f.gamma[c] : A(1));
-        const A g_y = g * sa[p] + avg[p] + (v * ca[c] == top_p[p] ? most[p] : A(0));
+        const A g_y = g * sa[p] + avg[p] + (v * ca[c] == top_p[p] ? most[p] : A(0)) + (more ? more[i] : A(0));
         A result = g_y * ca[c] + s_avg[c] + (v == top_c[c] ? s_max[c] : A(0));
         if constexpr (normed)
           result = (result - of.offset[c] - (static_cast<A>(zr[i]) - f.mean[c]) * of.slope[c]) * of.factor[c];

@@ -3,83 +3,12 @@
 #include <torch/library.h>
 
 #include "backward.h"
+#include "convolution.h"
 
 namespace {
 
 using Optional = std::optional<Tensor>;
 using Optionals = c10::List<Optional>;
-
-// Positions in `options`, as kernels/cpu_passes.py gives them.
-enum Option { fusion, gate, center_channel, center_spatial, coords, moments, learnable_channel, learnable_spatial };
-enum Fusion { by_router = 0, by_logits = 1, by_sum = 2 };
-
-template <typename A>
-Dense<A> dense(Small<A>& of, const Tensor& weight, const Optional& bias) {
-  return {of.read(weight), of.read(bias), weight.size(0), weight.size(1)};
-}
-
-template <typename A>
-A temperature(Small<A>& of, const Tensor& stored, bool learnable) {
-  const double t = *of.read(stored);
-  return static_cast<A>(learnable ? (t > 20 ? t : std::log1p(std::exp(t))) + 1e-6 : t);
-}
-
-// weights: fc1, its bias, fc2, its bias, the same of the router, fusion logits, temperature
-template <typename A>
-ChannelNet<A> channel_net(Small<A>& of, const Optionals& weights, at::IntArrayRef options) {
-  ChannelNet<A> net;
-  auto get = [&](int64_t i) -> Optional { return weights.get(i); };
-  net.fc1 = dense(of, *get(0), get(1));
-  net.fc2 = dense(of, *get(2), get(3));
-  net.routes = options[fusion] == by_router;
-  if (net.routes) net.router = {dense(of, *get(4), get(5)), dense(of, *get(6), get(7))};
-  if (options[fusion] == by_logits) {
-    const A* logits = of.read(*get(8));
-    std::copy(logits, logits + 2, net.mix);
-    softmax(net.mix, 2);
-  }
-  net.bias_scale = options[fusion] == by_sum ? 2 : 1;
-  net.temperature = temperature(of, *get(9), options[learnable_channel]);
-  net.gate = options[gate], net.center = options[center_channel];
-  return net;
-}
-
-// weights: fc1 of the router, its bias, fc2, its bias, temperature, the branches in one (K, S, f, f) or none;
-// branches: depthwise (S, 1, k, k) and pointwise (1, S, 1, 1) of each
-template <typename A>
-SpatialNet<A> spatial_net(Small<A>& of, const Optionals& weights, at::TensorList branches, at::IntArrayRef dilations,
-                          at::IntArrayRef options, int64_t height, int64_t width) {
-  SpatialNet<A> net;
-  auto get = [&](int64_t i) -> Optional { return weights.get(i); };
-  net.router = {dense(of, *get(0), get(1)), dense(of, *get(2), get(3))};
-  net.temperature = temperature(of, *get(4), options[learnable_spatial]);
-  net.gate = options[gate], net.center = options[center_spatial];
-  net.coords = options[coords], net.moments = options[moments];
-  net.maps = net.coords ? 4 : 2;
-  net.height = height, net.width = width;
-  const int64_t choices = net.router.fc2.out;
-  if (const Optional merged = get(5)) {
-    net.taps = merged->size(3);
-    const A* from = of.read(*merged);
-    net.kernels.assign(from, from + choices * net.maps * net.taps * net.taps);
-  } else {
-    for (int64_t k = 0; k < choices; ++k)
-      net.taps = std::max(net.taps, dilations[k] * (branches[2 * k].size(3) - 1) + 1);
-    net.kernels.assign(choices * net.maps * net.taps * net.taps, A(0));
-    for (int64_t k = 0; k < choices; ++k) {
-      const int64_t size = branches[2 * k].size(3), step = dilations[k];
-      const int64_t margin = (net.taps - step * (size - 1) - 1) / 2;
-      const A *depthwise = of.read(branches[2 * k]), *pointwise = of.read(branches[2 * k + 1]);
-      for (int64_t m = 0; m < net.maps; ++m)
-        for (int64_t i = 0; i < size; ++i)
-          for (int64_t j = 0; j < size; ++j)
-            net.kernels[((k * net.maps + m) * net.taps + margin + step * i) * net.taps + margin + step * j] =
-                pointwise[m] * depthwise[(m * size + i) * size + j];
-    }
-  }
-  net.across = Axis<A>(width, net.taps / 2), net.down = Axis<A>(height, net.taps / 2);
-  return net;
-}
 
 #define BOTH_LAYOUTS(s, normed, ...)                                                                   \
   if ((s).channel_is_inner && (normed)) { constexpr bool inner = true, norm = true; __VA_ARGS__; }     \
@@ -87,36 +16,61 @@ SpatialNet<A> spatial_net(Small<A>& of, const Optionals& weights, at::TensorList
   else if (normed) { constexpr bool inner = false, norm = true; __VA_ARGS__; }                         \
   else { constexpr bool inner = false, norm = false; __VA_ARGS__; }
 
-std::vector<Tensor> forward(const Tensor& z, const Optional& scale, const Optional& shift, const Optional& shortcut,
-                            const Optional& gamma, const Optional& drop, bool relu, const Optionals& channel,
-                            const Optionals& spatial, at::TensorList branches, at::IntArrayRef dilations,
-                            at::IntArrayRef options, const Tensor& out) {
+// The average and the maximum of x = scale·z + shift over positions: (B, 2, C).
+Tensor squeeze(const Tensor& z, const Optional& scale, const Optional& shift) {
   const Shape s = shape_of(z);
-  const int64_t batch = z.size(0), channels = z.size(1), height = z.size(2), width = z.size(3);
-  Tensor squeezes, ca, maps, sa;
+  Tensor out;
+  DISPATCH(z, {
+    Small<scalar_t> of;
+    const Input<scalar_t> x{z.const_data_ptr<scalar_t>(), of.read(scale), of.read(shift)};
+    auto* to = of.make(out, z, 2 * z.size(1));
+    BOTH_LAYOUTS(s, scale.has_value(), (reduce<scalar_t, inner, norm, false>(s, x, nullptr, {}, to)));
+  });
+  return out.view({z.size(0), 2, z.size(1)});
+}
+
+// The average and the maximum of x·ca over channels, and sums of z over channels weighted by weights (B, P, C), plus
+// offsets (B, P): (B, 2 + P, H, W).
+Tensor maps(const Tensor& z, const Optional& scale, const Optional& shift, const Tensor& ca, const Optional& weights,
+            const Optional& offsets) {
+  const Shape s = shape_of(z);
+  const int64_t batch = z.size(0), more = weights ? weights->size(1) : 0, channels = z.size(1);
+  Tensor out;
   DISPATCH(z, {
     using A = acc_t<scalar_t>;
     Small<scalar_t> of;
-    Small<A> net_of;
-    const auto channel_of = channel_net<A>(net_of, channel, options);
-    const auto spatial_of = spatial_net<A>(net_of, spatial, branches, dilations, options, height, width);
-    Forward<scalar_t> f{s,
-                        {z.const_data_ptr<scalar_t>(), of.read(scale), of.read(shift)},
-                        shortcut ? shortcut->const_data_ptr<scalar_t>() : nullptr,
-                        of.read(gamma),
-                        of.read(drop),
-                        relu,
-                        &channel_of,
-                        &spatial_of,
-                        of.make(squeezes, z, 2 * channels),
-                        of.make(ca, z, channels),
-                        of.make(maps, z, 2 * height * width),
-                        of.make(sa, z, height * width),
-                        out.data_ptr<scalar_t>()};
-    BOTH_LAYOUTS(s, scale.has_value(), (run_forward<scalar_t, inner, norm>(f)));
+    const Input<scalar_t> x{z.const_data_ptr<scalar_t>(), of.read(scale), of.read(shift)};
+    std::vector<Learned<A>> learned;
+    if (weights) {
+      const A *w = of.read(weights), *o = of.read(offsets);
+      for (int64_t b = 0; b < batch; ++b) learned.push_back({w + b * more * channels, o + b * more, more});
+    }
+    const A* mask = of.read(ca);
+    auto* to = of.make(out, z, (2 + more) * z.size(2) * z.size(3));
+    BOTH_LAYOUTS(s, scale.has_value(), (reduce<scalar_t, inner, norm, true>(s, x, mask, learned, to)));
   });
-  return {squeezes.view({batch, 2, channels}), ca, maps.view({batch, 2, height, width}),
-          sa.view({batch, height, width})};
+  return out.view({batch, 2 + more, z.size(2), z.size(3)});
+}
+
+void finish_into(const Tensor& z, const Optional& scale, const Optional& shift, const Optional& shortcut,
+                 const Optional& gamma, const Tensor& ca, const Tensor& sa, bool relu, const Tensor& out) {
+  const Shape s = shape_of(z);
+  DISPATCH(z, {
+    Small<scalar_t> of;
+    const Finish<scalar_t> f{s,
+                             {z.const_data_ptr<scalar_t>(), of.read(scale), of.read(shift)},
+                             shortcut ? shortcut->const_data_ptr<scalar_t>() : nullptr,
+                             of.read(gamma),
+                             of.read(ca),
+                             of.read(sa),
+                             relu,
+                             out.data_ptr<scalar_t>()};
+    BOTH_LAYOUTS(s, scale.has_value(), {
+      if (!f.shortcut) finish<scalar_t, inner, norm, false, false>(f);
+      else if (f.gamma) finish<scalar_t, inner, norm, true, true>(f);
+      else finish<scalar_t, inner, norm, false, true>(f);
+    });
+  });
 }
 
 template <typename T>
@@ -181,7 +135,8 @@ Tensor spread(const Tensor& z, const Optionals& norm, at::TensorList small, cons
 
 // by_channel: gradients of the two squeezes shared among positions, then, of a BatchNorm, offset, slope and factor.
 Tensor input_gradient(const Tensor& g, const Tensor& z, const Optionals& norm, const Optional& gamma,
-                      at::TensorList small, const Tensor& g_avg, const Tensor& g_max, const Optionals& by_channel) {
+                      at::TensorList small, const Tensor& g_avg, const Tensor& g_max, const Optionals& by_channel,
+                      const Optional& g_learned, const Optional& learned) {
   const Shape s = shape_of(z);
   Tensor g_x = at::empty_like(z);
   const auto affine = norm.vec(), given = by_channel.vec();
@@ -190,9 +145,10 @@ Tensor input_gradient(const Tensor& g, const Tensor& z, const Optionals& norm, c
     const auto f = backward_of<scalar_t>(of, s, g, std::nullopt, z, affine, gamma, small);
     const ByChannel<acc_t<scalar_t>> by{of.read(given[0]), of.read(given[1]), of.read(given[2]), of.read(given[3]),
                                         of.read(given[4])};
-    auto *a = of.read(g_avg), *m = of.read(g_max);
+    const OfMaps<acc_t<scalar_t>> maps{of.read(g_avg), of.read(g_max), of.read(g_learned), of.read(learned),
+                                       learned ? learned->size(0) : 0};
     auto* to = g_x.data_ptr<scalar_t>();
-    BOTH_LAYOUTS(s, affine[0].has_value(), (input_gradient_of<scalar_t, inner, norm>(f, a, m, by, to)));
+    BOTH_LAYOUTS(s, affine[0].has_value(), (input_gradient_of<scalar_t, inner, norm>(f, maps, by, to)));
   });
   return g_x;
 }
@@ -200,17 +156,18 @@ Tensor input_gradient(const Tensor& g, const Tensor& z, const Optionals& norm, c
 }  // namespace
 
 TORCH_LIBRARY(timm_cbam2_cpu, m) {
+  m.def("squeeze(Tensor z, Tensor? scale, Tensor? shift) -> Tensor", &squeeze);
+  m.def("maps(Tensor z, Tensor? scale, Tensor? shift, Tensor ca, Tensor? weights, Tensor? offsets) -> Tensor", &maps);
   m.def(
-      "forward(Tensor z, Tensor? scale, Tensor? shift, Tensor? shortcut, Tensor? gamma, Tensor? drop, bool relu, "
-      "Tensor?[] channel, Tensor?[] spatial, Tensor[] branches, int[] dilations, int[] options, Tensor(a!) out)"
-      " -> Tensor[]",
-      &forward);
+      "finish(Tensor z, Tensor? scale, Tensor? shift, Tensor? shortcut, Tensor? gamma, Tensor ca, Tensor sa, bool relu, "
+      "Tensor(a!) out) -> ()",
+      &finish_into);
   m.def("products(Tensor g, Tensor? out, Tensor z, Tensor?[] norm, Tensor? gamma, Tensor[] small) -> Tensor[]",
         &products);
   m.def("spread(Tensor z, Tensor?[] norm, Tensor[] small, Tensor g_avg, Tensor g_max) -> Tensor", &spread);
   m.def(
       "input_gradient(Tensor g, Tensor z, Tensor?[] norm, Tensor? gamma, Tensor[] small, Tensor g_avg, Tensor g_max, "
-      "Tensor?[] by_channel) -> Tensor",
+      "Tensor?[] by_channel, Tensor? g_learned, Tensor? learned) -> Tensor",
       &input_gradient);
   m.def("convolve(Tensor maps, Tensor kernels) -> Tensor", &convolve);
   m.def("convolve_backward(Tensor g, Tensor maps, Tensor kernels) -> Tensor[]", &convolve_backward);

@@ -1,5 +1,5 @@
-// A convolution of the two maps of each sample with that sample's own kernel, zeros around, summed over the maps:
-// maps (B, 2, H, W) and kernels (B, 2, f, f) give (B, H, W). Sums stay in registers, `lanes` of a row at a time.
+// A convolution of the maps of each sample with that sample's own kernel, zeros around, summed over the maps:
+// maps (B, M, H, W) and kernels (B, M, f, f) give (B, H, W). Sums stay in registers, `lanes` of a row at a time.
 
 #pragma once
 
@@ -96,12 +96,12 @@ Tensor convolve(const Tensor& maps, const Tensor& kernels) {
   AT_DISPATCH_FLOATING_TYPES(maps.scalar_type(), "cbam2", [&] {
     auto *m = maps.const_data_ptr<scalar_t>(), *k = kernels.const_data_ptr<scalar_t>();
     auto* out = z.data_ptr<scalar_t>();
-    const int64_t height = maps.size(2), width = maps.size(3), taps = kernels.size(3);
+    const int64_t count = maps.size(1), height = maps.size(2), width = maps.size(3), taps = kernels.size(3);
     at::parallel_for(0, maps.size(0), 1, [&](int64_t begin, int64_t end) {
       Padded<scalar_t> padded(height, width, taps);
-      for (int64_t n = 2 * begin; n < 2 * end; ++n)
+      for (int64_t n = count * begin; n < count * end; ++n)
         convolve_map(padded.fill(m + n * height * width), padded.stride, k + n * taps * taps, height, width, taps,
-                     false, out + n / 2 * height * width);
+                     false, out + n / count * height * width);
     });
   });
   return z;
@@ -113,11 +113,11 @@ std::vector<Tensor> convolve_backward(const Tensor& g, const Tensor& maps, const
     auto *gz = g.const_data_ptr<scalar_t>(), *m = maps.const_data_ptr<scalar_t>(),
          *k = kernels.const_data_ptr<scalar_t>();
     auto *gm = g_maps.data_ptr<scalar_t>(), *gk = g_kernels.data_ptr<scalar_t>();
-    const int64_t height = maps.size(2), width = maps.size(3), taps = kernels.size(3);
+    const int64_t count = maps.size(1), height = maps.size(2), width = maps.size(3), taps = kernels.size(3);
     at::parallel_for(0, maps.size(0), 1, [&](int64_t begin, int64_t end) {
       Padded<scalar_t> padded(height, width, taps), padded_g(height, width, taps);
-      for (int64_t n = 2 * begin; n < 2 * end; ++n) {
-        const auto *g_of = padded_g.fill(gz + n / 2 * height * width), *map = padded.fill(m + n * height * width);
+      for (int64_t n = count * begin; n < count * end; ++n) {
+        const auto *g_of = padded_g.fill(gz + n / count * height * width), *map = padded.fill(m + n * height * width);
         convolve_map(g_of, padded.stride, k + n * taps * taps, height, width, taps, true, gm + n * height * width);
         kernel_gradient(g_of, map, padded.stride, height, width, taps, gk + n * taps * taps);
       }

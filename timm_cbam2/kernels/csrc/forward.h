@@ -1,9 +1,9 @@
-// The forward pass: squeeze, channel mask, maps, spatial mask, everything else. A sample is read three times, and where
-// there are as many samples as threads each stays in the cache of its thread meanwhile.
+// The passes of the forward over full-size tensors: squeezes, maps, everything else. The small networks between them are
+// those of models/small_cbam2.py.
 
 #pragma once
 
-#include "small.h"
+#include "layout.h"
 
 namespace {
 
@@ -20,145 +20,181 @@ inline acc_t<T> value_of(T z, acc_t<T> scale, acc_t<T> shift) {
   return static_cast<acc_t<T>>(z);
 }
 
-// What one call reads and writes.
+// Learned maps of one sample: sums over channels of z weighted by `weights` (count, C), plus `offsets` (count).
+template <typename A>
+struct Learned {
+  const A *weights = nullptr, *offsets = nullptr;
+  int64_t count = 0;
+};
+
+// What one part of a sample is reduced to: sums, maxima and learned maps, `stride` apart.
+template <typename A>
+struct Reduced {
+  A *sums, *largest, *learned;
+  int64_t stride;
+};
+
+// By row, over columns.
+template <typename T, bool channel_is_inner, bool normed, bool scaled>
+void reduce_rows(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const Learned<acc_t<T>>& more, int64_t b,
+                 int64_t part, const Reduced<acc_t<T>>& to) {
+  using A = acc_t<T>;
+  const int64_t n = s.inner;
+  for (int64_t o = s.first(part); o < s.first(part + 1); ++o) {
+    const T* row = x.z + (b * s.outer + o) * n;
+    const A scale = normed && !channel_is_inner ? x.scale[o] : A(1), shift = normed && !channel_is_inner ? x.shift[o] : A(0);
+    const A mask = scaled && !channel_is_inner ? ca[o] : A(1);
+    A total = 0, most = -std::numeric_limits<A>::infinity();
+#pragma omp simd reduction(+ : total) reduction(max : most)
+    for (int64_t i = 0; i < n; ++i) {
+      const A v = value_of<T, normed>(row[i], channel_is_inner && normed ? x.scale[i] : scale,
+                                      channel_is_inner && normed ? x.shift[i] : shift) *
+                  (channel_is_inner && scaled ? ca[i] : mask);
+      total += v;
+      most = v > most ? v : most;
+    }
+    to.sums[o] = total, to.largest[o] = most;
+    int64_t p = 0;
+    for (; p + 2 <= more.count; p += 2) {  // two at a time: one alone would wait for its own sums
+      const A *one = more.weights + p * n, *other = one + n;
+      A first = 0, second = 0;
+#pragma omp simd reduction(+ : first, second)
+      for (int64_t i = 0; i < n; ++i) first += static_cast<A>(row[i]) * one[i], second += static_cast<A>(row[i]) * other[i];
+      to.learned[p * to.stride + o] = first + more.offsets[p];
+      to.learned[(p + 1) * to.stride + o] = second + more.offsets[p + 1];
+    }
+    for (; p < more.count; ++p) {
+      const A* one = more.weights + p * n;
+      A first = 0;
+#pragma omp simd reduction(+ : first)
+      for (int64_t i = 0; i < n; ++i) first += static_cast<A>(row[i]) * one[i];
+      to.learned[p * to.stride + o] = first + more.offsets[p];
+    }
+  }
+}
+
+constexpr int64_t rows_at_once = 4;  // sums by column are read and written once for so many
+
+// By column, over the rows of the part.
+template <typename T, bool channel_is_inner, bool normed, bool scaled>
+void reduce_columns(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const Learned<acc_t<T>>& more, int64_t b,
+                    int64_t part, const Reduced<acc_t<T>>& to) {
+  using A = acc_t<T>;
+  const int64_t n = s.inner, last = s.first(part + 1);
+  A *sums = to.sums, *largest = to.largest;
+  std::fill(sums, sums + n, A(0));
+  std::fill(largest, largest + n, -std::numeric_limits<A>::infinity());
+  auto several = [&](int64_t first, auto count) {
+    const T* rows = x.z + (b * s.outer + first) * n;
+    A scale[rows_at_once], shift[rows_at_once], mask[rows_at_once];
+    for (int64_t r = 0; r < count; ++r) {
+      scale[r] = normed && !channel_is_inner ? x.scale[first + r] : A(1);
+      shift[r] = normed && !channel_is_inner ? x.shift[first + r] : A(0);
+      mask[r] = scaled && !channel_is_inner ? ca[first + r] : A(1);
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      A total = 0, most = largest[i];
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < count; ++r) {
+        const A v = value_of<T, normed>(rows[r * n + i], channel_is_inner && normed ? x.scale[i] : scale[r],
+                                        channel_is_inner && normed ? x.shift[i] : shift[r]) *
+                    (channel_is_inner && scaled ? ca[i] : mask[r]);
+        total += v;
+        most = v > most ? v : most;
+      }
+      sums[i] += total;
+      largest[i] = most;
+    }
+  };
+  int64_t o = s.first(part);
+  for (; o + rows_at_once <= last; o += rows_at_once) several(o, std::integral_constant<int64_t, rows_at_once>());
+  for (; o < last; ++o) several(o, std::integral_constant<int64_t, 1>());
+  for (int64_t p = 0; p < more.count; ++p) {
+    A* mine = to.learned + p * to.stride;
+    std::fill(mine, mine + n, A(0));
+    for (o = s.first(part); o < last; ++o) {
+      const T* row = x.z + (b * s.outer + o) * n;
+      const A weight = more.weights[p * s.outer + o];
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) mine[i] += static_cast<A>(row[i]) * weight;
+    }
+  }
+}
+
+// The average and the maximum of x over positions, or (scaled) those of x·ca over channels and its learned maps, one
+// `Learned` for each sample: out (B, 2 + learned, what is left).
+template <typename T, bool channel_is_inner, bool normed, bool scaled>
+void reduce(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const std::vector<Learned<acc_t<T>>>& learned,
+            acc_t<T>* out) {
+  using A = acc_t<T>;
+  constexpr bool by_column = channel_is_inner != scaled;
+  const int64_t more = learned.empty() ? 0 : learned[0].count, kinds = 2 + more;
+  const int64_t left = by_column ? s.inner : s.outer, over = by_column ? s.outer : s.inner;
+  const int64_t channels = channel_is_inner ? s.inner : s.outer;
+  Partial<A> partial(s, by_column ? kinds : 0);
+  for_parts(s, [&](int64_t b, int64_t part) {
+    A* to = by_column ? partial.at(b, part) : out + b * kinds * left;
+    const Reduced<A> reduced{to, to + left, to + 2 * left, left};
+    const A* mask = scaled ? ca + b * channels : nullptr;
+    const Learned<A> of = more ? learned[b] : Learned<A>();
+    if constexpr (by_column) reduce_columns<T, channel_is_inner, normed, scaled>(s, x, mask, of, b, part, reduced);
+    else reduce_rows<T, channel_is_inner, normed, scaled>(s, x, mask, of, b, part, reduced);
+  });
+  for (int64_t b = 0; b < s.batch; ++b) {
+    A* to = out + b * kinds * left;
+    for (int64_t part = 0; by_column && part < s.parts; ++part) {
+      const A* from = partial.at(b, part);
+      for (int64_t k = 0; k < kinds; ++k)
+        for (int64_t i = k * left; i < (k + 1) * left; ++i)
+          to[i] = part == 0 ? from[i] : k == 1 ? std::max(to[i], from[i]) : to[i] + from[i];
+    }
+    for (int64_t i = 0; i < left; ++i) to[i] /= over;
+    for (int64_t p = 0; by_column && p < more; ++p)
+      for (int64_t i = 0; i < left; ++i) to[(2 + p) * left + i] += learned[b].offsets[p];
+  }
+}
+
+// What one call of `finish` reads and writes.
 template <typename T>
-struct Forward {
+struct Finish {
   using A = acc_t<T>;
   Shape s;
   Input<T> x;
   const T* shortcut;
-  const A *gamma, *drop;
+  const A *gamma, *ca, *sa;
   bool relu;
-  const ChannelNet<A>* channel;
-  const SpatialNet<A>* spatial;
-  A *squeezes, *ca, *maps, *sa;  // (B, 2, C), (B, C), (B, 2, H·W), (B, H·W)
   T* out;
 };
 
-// The sum and the maximum of x·ca (or of x) by row and by column of one part of a sample. Which of them is wanted
-// depends on the layout: channels are columns or rows.
-template <typename T, bool channel_is_inner, bool normed, bool scaled, bool by_column>
-void reduce(const Forward<T>& f, int64_t b, int64_t part, acc_t<T>* sums, acc_t<T>* largest) {
-  using A = acc_t<T>;
-  const int64_t n = f.s.inner;
-  const A* ca = f.ca + b * (channel_is_inner ? n : f.s.outer);
-  if (by_column) {
-    std::fill(sums, sums + n, A(0));
-    std::fill(largest, largest + n, -std::numeric_limits<A>::infinity());
-  }
-  for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
-    const T* row = f.x.z + (b * f.s.outer + o) * n;
-    const A scale = normed && !channel_is_inner ? f.x.scale[o] : A(1);
-    const A shift = normed && !channel_is_inner ? f.x.shift[o] : A(0);
-    const A mask = scaled && !channel_is_inner ? ca[o] : A(1);
-    A total = 0, most = -std::numeric_limits<A>::infinity();
-#define CBAM2_VALUE                                                                                 \
-  const A v = value_of<T, normed>(row[i], channel_is_inner && normed ? f.x.scale[i] : scale,        \
-                                  channel_is_inner && normed ? f.x.shift[i] : shift) *             \
-              (channel_is_inner && scaled ? ca[i] : mask)
-    if constexpr (by_column) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        CBAM2_VALUE;
-        sums[i] += v;
-        largest[i] = v > largest[i] ? v : largest[i];
-      }
-    } else {
-#pragma omp simd reduction(+ : total) reduction(max : most)
-      for (int64_t i = 0; i < n; ++i) {
-        CBAM2_VALUE;
-        total += v;
-        most = v > most ? v : most;
-      }
-      sums[o] = total;
-      largest[o] = most;
-    }
-#undef CBAM2_VALUE
-  }
-}
-
-// act(shortcut + γ·x·ca·sa) of one part of a sample, each product rounded as a step of its own.
+// act(shortcut + γ·x·ca·sa), each product rounded as a step of its own.
 template <typename T, bool channel_is_inner, bool normed, bool has_gamma, bool has_shortcut>
-void finish(const Forward<T>& f, int64_t b, int64_t part) {
+void finish(const Finish<T>& f) {
   using A = acc_t<T>;
   const int64_t n = f.s.inner, channels = channel_is_inner ? n : f.s.outer, places = channel_is_inner ? f.s.outer : n;
-  const A *ca = f.ca + b * channels, *sa = f.sa + b * places, lowest = f.relu ? A(0) : -std::numeric_limits<A>::infinity();
-  for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
-    const int64_t at = (b * f.s.outer + o) * n;
-    const T *row = f.x.z + at, *added = has_shortcut ? f.shortcut + at : nullptr;
-    T* to = f.out + at;
-    const A scale = normed && !channel_is_inner ? f.x.scale[o] : A(1);
-    const A shift = normed && !channel_is_inner ? f.x.shift[o] : A(0);
-    const A gamma = has_gamma && !channel_is_inner ? f.gamma[o] : A(1);
-    const A mask = channel_is_inner ? sa[o] : ca[o];
+  const A lowest = f.relu ? A(0) : -std::numeric_limits<A>::infinity();
+  for_parts(f.s, [&](int64_t b, int64_t part) {
+    const A *ca = f.ca + b * channels, *sa = f.sa + b * places;
+    for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
+      const int64_t at = (b * f.s.outer + o) * n;
+      const T *row = f.x.z + at, *added = has_shortcut ? f.shortcut + at : nullptr;
+      T* to = f.out + at;
+      const A scale = normed && !channel_is_inner ? f.x.scale[o] : A(1);
+      const A shift = normed && !channel_is_inner ? f.x.shift[o] : A(0);
+      const A gamma = has_gamma && !channel_is_inner ? f.gamma[o] : A(1);
+      const A mask = channel_is_inner ? sa[o] : ca[o];
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) {
-      A v = value_of<T, normed>(row[i], channel_is_inner && normed ? f.x.scale[i] : scale,
-                                channel_is_inner && normed ? f.x.shift[i] : shift);
-      v *= channel_is_inner ? ca[i] : mask;
-      if (has_gamma) v = rounded<T>(v * (channel_is_inner ? f.gamma[i] : gamma));
-      v *= channel_is_inner ? mask : sa[i];
-      if (has_shortcut) v = rounded<T>(v) + static_cast<A>(added[i]);
-      store(to + i, v < lowest ? lowest : v);
-    }
-  }
-}
-
-template <typename T, bool channel_is_inner, bool normed>
-void run_forward(const Forward<T>& f) {
-  using A = acc_t<T>;
-  const int64_t n = f.s.inner, channels = channel_is_inner ? n : f.s.outer, places = channel_is_inner ? f.s.outer : n;
-  Partial<A> partial(f.s, 2);
-  auto joined = [&](int64_t b, A* sums, A* largest) {
-    for (int64_t part = 0; part < f.s.parts; ++part) {
-      const A *from = partial.at(b, part), *top = from + n;
       for (int64_t i = 0; i < n; ++i) {
-        sums[i] = part ? sums[i] + from[i] : from[i];
-        largest[i] = part ? std::max(largest[i], top[i]) : top[i];
+        A v = value_of<T, normed>(row[i], channel_is_inner && normed ? f.x.scale[i] : scale,
+                                  channel_is_inner && normed ? f.x.shift[i] : shift);
+        v *= channel_is_inner ? ca[i] : mask;
+        if (has_gamma) v = rounded<T>(v * (channel_is_inner ? f.gamma[i] : gamma));
+        v *= channel_is_inner ? mask : sa[i];
+        if (has_shortcut) v = rounded<T>(v) + static_cast<A>(added[i]);
+        store(to + i, v < lowest ? lowest : v);
       }
     }
-  };
-  auto squeeze = [&](int64_t b, int64_t part) {
-    A *sums = f.squeezes + 2 * b * channels, *own = partial.at(b, part);
-    if (channel_is_inner) reduce<T, channel_is_inner, normed, false, true>(f, b, part, own, own + n);
-    else reduce<T, channel_is_inner, normed, false, false>(f, b, part, sums, sums + channels);
-  };
-  auto channel_mask = [&](int64_t b) {
-    A* sums = f.squeezes + 2 * b * channels;
-    if (channel_is_inner) joined(b, sums, sums + channels);
-    for (int64_t c = 0; c < channels; ++c) sums[c] /= places;
-    (*f.channel)(sums, f.ca + b * channels);
-  };
-  auto maps = [&](int64_t b, int64_t part) {
-    A *sums = f.maps + 2 * b * places, *own = partial.at(b, part);
-    if (channel_is_inner) reduce<T, channel_is_inner, normed, true, false>(f, b, part, sums, sums + places);
-    else reduce<T, channel_is_inner, normed, true, true>(f, b, part, own, own + n);
-  };
-  auto spatial_mask = [&](int64_t b) {
-    A *sums = f.maps + 2 * b * places, *sa = f.sa + b * places;
-    if (!channel_is_inner) joined(b, sums, sums + places);
-    for (int64_t p = 0; p < places; ++p) sums[p] /= channels;
-    (*f.spatial)(sums, sa);
-    if (f.drop)
-      for (int64_t p = 0; p < places; ++p) sa[p] *= f.drop[b];
-  };
-  auto end = [&](int64_t b, int64_t part) {
-    if (!f.shortcut) finish<T, channel_is_inner, normed, false, false>(f, b, part);
-    else if (f.gamma) finish<T, channel_is_inner, normed, true, true>(f, b, part);
-    else finish<T, channel_is_inner, normed, false, true>(f, b, part);
-  };
-  if (f.s.parts == 1) {
-    at::parallel_for(0, f.s.batch, 1, [&](int64_t begin, int64_t stop) {
-      for (int64_t b = begin; b < stop; ++b) squeeze(b, 0), channel_mask(b), maps(b, 0), spatial_mask(b), end(b, 0);
-    });
-    return;
-  }
-  auto each = [&](auto step) {
-    at::parallel_for(0, f.s.batch, 1, [&](int64_t begin, int64_t stop) {
-      for (int64_t b = begin; b < stop; ++b) step(b);
-    });
-  };
-  for_parts(f.s, squeeze), each(channel_mask), for_parts(f.s, maps), each(spatial_mask), for_parts(f.s, end);
+  });
 }
 
 }  // namespace
