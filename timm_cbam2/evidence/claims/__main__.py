@@ -10,6 +10,7 @@ import typer
 
 from ...data.tasks import SIDE, TASKS
 from ...errors import UserError, run_commands
+from .networks import FAMILIES
 from .results import RESULTS, append, key_of, read
 from .run import train_and_measure
 from .table import markdown
@@ -43,6 +44,7 @@ def run(
     variants: Annotated[str, typer.Option(help="Names, comma-separated; see variants.py.")] = DEFAULT,
     seeds: Annotated[str, typer.Option(help="Such as 0-7 or 0,1.")] = "0,1",
     recipe: Annotated[str, typer.Option(help=f"One of {', '.join(RECIPES)}.")] = "adamw",
+    family: Annotated[str, typer.Option(help=f"One of {', '.join(FAMILIES)}.")] = "resnet",
     depth: Annotated[int, typer.Option(help="Residual blocks a stage: 1 is a ResNet-8, 3 a ResNet-20.", min=1)] = 1,
     stages: Annotated[str, typer.Option(help="Stages whose blocks carry attention.")] = "23",
     start: Annotated[int, typer.Option(help="Epochs of a plain network to start from; 0 for none.", min=0)] = 0,
@@ -64,10 +66,11 @@ def run(
     else:
         _names("task", task, TASKS)
     _names("recipe", recipe, RECIPES)
-    if not stages or set(stages) - set("123"):
-        raise UserError(f"--stages {stages}: give some of 123, such as 23")
+    _names("family", family, FAMILIES)
+    if not stages or set(stages) - set(FAMILIES[family]):
+        raise UserError(f"--stages {stages}: give some of {FAMILIES[family]}, such as 23")
     setting = dict(
-        task=task, side=side, count=count, depth=depth, stages=stages, start=start,
+        family=family, task=task, side=side, count=count, depth=depth, stages=stages, start=start,
         epochs=epochs, batch_size=batch_size,
         recipe=recipe,
     )  # fmt: skip

@@ -145,7 +145,10 @@ def grad_cam_share(network: nn.Module, images: Tensor, samples: Samples) -> tupl
     """Grad-CAM of the class the network gives, at the last stage: share of images that it points in the box, and the
     inside less outside of maps scaled to a maximum of 2, to be compared with a mask's range."""
     kept: list[Tensor] = []
-    stage = [s for s in (network.layer1, network.layer2, network.layer3, network.layer4) if len(s)][-1]
+    if hasattr(network, "stages"):
+        stage = network.stages[-1]
+    else:
+        stage = [s for s in (network.layer1, network.layer2, network.layer3, network.layer4) if len(s)][-1]
     handle = stage.register_forward_hook(lambda module, args, output: kept.append(output))
     maps = []
     try:

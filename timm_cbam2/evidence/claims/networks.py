@@ -1,4 +1,4 @@
-"""The networks that are compared: one small ResNet, with each kind of attention in the same slot."""
+"""The networks that are compared: a small ResNet or ConvNeXt, with each kind of attention in the same slot."""
 
 from __future__ import annotations
 
@@ -6,31 +6,57 @@ from functools import partial
 from typing import Any, Mapping
 
 import torch
+from timm.layers import create_attn
+from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+from ...models.cbam2 import Cbam2, resolve_options
+from ...models.convnext_cbam2 import ConvNeXtCbam2Block
 from ...models.resnet_cbam2 import CifarResNet, CifarResNetCbam2
 from .tried import Trial
 from .variants import VARIANTS
 
-__all__ = ["build"]
+__all__ = ["FAMILIES", "build"]
 
+FAMILIES = {"resnet": "123", "convnext": "1234"}  # and their stages
 CHANNELS = (16, 32, 64)
+DIMS = (16, 32, 64, 64)
+LAYER_SCALE = 0.1  # timm's 1e-6 is for long training
 
 
-def _make(variant: dict[str, Any], depth: int, classes: int) -> nn.Module:
+def _resnet(variant: dict[str, Any], depth: int, stages: str, classes: int) -> nn.Module:
     arguments = dict(block=BasicBlock, layers=(depth,) * len(CHANNELS), channels=CHANNELS, num_classes=classes)
     kind = variant["attention"]
     if kind == "cbam2":
-        return CifarResNetCbam2(**arguments, cbam2=variant.get("cbam2"))
-    if kind == "trial":
-        layer: Any = partial(Trial, **variant.get("trial", {}))
+        network = CifarResNetCbam2(**arguments, cbam2=variant.get("cbam2"))
     else:
-        layer = kind
-    network = CifarResNet(**arguments, block_args={"attn_layer": layer} if layer else None)
+        layer: Any = partial(Trial, **variant.get("trial", {})) if kind == "trial" else kind
+        network = CifarResNet(**arguments, block_args={"attn_layer": layer} if layer else None)
     for module in network.modules():
         if isinstance(module, Trial):
             module.reset_parameters()
+    for number in set(FAMILIES["resnet"]) - set(stages):
+        for block in getattr(network, f"layer{number}"):
+            block.se = None
+    return network
+
+
+def _convnext(variant: dict[str, Any], depth: int, stages: str, classes: int) -> nn.Module:
+    network = ConvNeXt(
+        depths=(depth,) * len(DIMS), dims=DIMS, patch_size=1, ls_init_value=LAYER_SCALE, num_classes=classes
+    )
+    kind = variant["attention"]
+    for number, stage in enumerate(network.stages, 1):
+        for block in stage.blocks if kind is not None and str(number) in stages else ():
+            channels = DIMS[number - 1]
+            block.__class__ = ConvNeXtCbam2Block
+            if kind == "cbam2":
+                block.attn = Cbam2(channels, **resolve_options(variant.get("cbam2")))
+            elif kind == "trial":
+                block.attn = Trial(channels, **variant["trial"])
+            else:
+                block.attn = create_attn(kind, channels)
     return network
 
 
@@ -41,8 +67,9 @@ def build(
     stages: str = "123",
     weights: Mapping[str, Tensor] | None = None,
     classes: int = 10,
+    family: str = "resnet",
 ) -> nn.Module:
-    """A network with 3 stages of `depth` blocks; every layer that a plain one has starts as in the plain one of `seed`.
+    """A network with stages of `depth` blocks; every layer that a plain one has starts as in the plain one of `seed`.
 
     Args:
         variant: one of `VARIANTS`.
@@ -51,18 +78,17 @@ def build(
         stages: those whose blocks carry attention.
         weights: of a trained plain network, to start from instead.
         classes: of the classifier.
+        family: one of `FAMILIES`.
 
     Raises:
         ValueError: no such variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r}; give one of {', '.join(VARIANTS)}")
+    make = {"resnet": _resnet, "convnext": _convnext}[family]
     torch.manual_seed(seed)
-    plain = _make(VARIANTS["plain"], depth, classes)
+    plain = make(VARIANTS["plain"], depth, stages, classes)
     torch.manual_seed(seed + 1000)  # of attention alone
-    network = _make(VARIANTS[variant], depth, classes)
-    for number in set("123") - set(stages):
-        for block in getattr(network, f"layer{number}"):
-            block.se = None
+    network = make(VARIANTS[variant], depth, stages, classes)
     network.load_state_dict(plain.state_dict() if weights is None else weights, strict=False)
     return network.to(memory_format=torch.channels_last)

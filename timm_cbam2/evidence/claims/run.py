@@ -19,7 +19,7 @@ from .variants import VARIANTS
 
 __all__ = ["train_and_measure"]
 
-START = ("side", "count", "depth", "seed", "start", "recipe")
+START = ("side", "count", "depth", "seed", "start", "recipe", "family")
 WARM_LR = 0.5  # of the recipe's, where training goes on from a trained network
 
 
@@ -36,10 +36,10 @@ def _samples(task: str, split: str, count: int, side: int) -> Samples:
 
 
 @functools.lru_cache(2)
-def _trained_plain(task: str, side: int, count: int, depth: int, seed: int, epochs: int, recipe: str) -> dict:
+def _trained_plain(task: str, side: int, count: int, depth: int, seed: int, epochs: int, recipe: str, family: str) -> dict:
     """The weights of a plain network after so many epochs, from which every variant of a seed goes on."""
     made = _samples(task, "train", count, side)
-    network = build("plain", depth, seed)
+    network = build("plain", depth, seed, family=family)
     images, labels = torch.from_numpy(made.images), torch.from_numpy(made.labels)
     train(network, images, labels, seed + 1000, RECIPES[recipe], epochs, mirror=made.boxes is None)
     return network.state_dict()
@@ -59,7 +59,7 @@ def train_and_measure(job: dict[str, Any], val_count: int, data: str | None = No
     val = _samples(source, "val", val_count, job["side"])
     variant = VARIANTS[job["variant"]]
     weights = _trained_plain(source, *(job[key] for key in START)) if job["start"] else None
-    network = build(job["variant"], job["depth"], job["seed"], job["stages"], weights)
+    network = build(job["variant"], job["depth"], job["seed"], job["stages"], weights, family=job["family"])
     recipe = {**RECIPES[job["recipe"]], **variant.get("recipe", {})}
     if job["start"]:
         recipe["lr"] *= WARM_LR
