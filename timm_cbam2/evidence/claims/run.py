@@ -36,7 +36,9 @@ def _samples(task: str, split: str, count: int, side: int) -> Samples:
 
 
 @functools.lru_cache(2)
-def _trained_plain(task: str, side: int, count: int, depth: int, seed: int, epochs: int, recipe: str, family: str) -> dict:
+def _trained_plain(
+    task: str, side: int, count: int, depth: int, seed: int, epochs: int, recipe: str, family: str
+) -> dict:
     """The weights of a plain network after so many epochs, from which every variant of a seed goes on."""
     made = _samples(task, "train", count, side)
     network = build("plain", depth, seed, family=family)
