@@ -19,66 +19,93 @@ struct Backward {
   Input<T> x;
   const A* mean;        // (C,), of a BatchNorm
   const T *g, *out;     // out: null without activation
-  const A *gamma, *ca, *sa, *top_c, *top_p;
+  const A *gamma, *ca, *sa, *top_c, *top_p;  // gamma: ones where there is none
   T* g_masked;          // g', written by the first reading where there is an activation
 };
 
-template <typename T, bool channel_is_inner, bool normed>
+// g', where an activation followed; where none did, g itself is read.
+template <typename T, bool masks>
+inline acc_t<T> masked(const Backward<T>& f, int64_t at) {
+  if constexpr (!masks) return static_cast<acc_t<T>>(f.g[at]);
+  const T given = f.g[at];
+  const T g = static_cast<acc_t<T>>(f.out[at]) <= acc_t<T>(0) ? T(0) : given;
+  f.g_masked[at] = g;
+  return static_cast<acc_t<T>>(g);
+}
+
+// What one position after the other takes of each channel, behind the sums that it adds to.
+enum OfChannel { mask = columns_normed, top, factor, scale, shift, mean, kinds_of_channel };
+
+// `count` positions from o on, whose channels lie side by side: sums by channel are read and written once for them all.
+template <typename T, bool normed, bool masks, int64_t count>
+void products_of_places(const Backward<T>& f, int64_t b, int64_t o, Blocks<acc_t<T>, kinds_of_channel>& blocks,
+                        acc_t<T>* rows, acc_t<T>* row_ties) {
+  using A = acc_t<T>;
+  const int64_t n = f.s.inner, first = b * f.s.outer + o;
+  const A *sa = f.sa + first, *top_p = f.top_p + first;
+  A totals[count][lanes] = {}, equals[count][lanes] = {};
+  in_lanes(n, [&](int64_t i, int64_t l) {
+    A sums[columns_normed] = {};
+    A* of = blocks.at(i, l);
+    unrolled<count>([&](size_t r) {
+      const int64_t at = (first + r) * n + i;
+      const A v = value_of<T, normed>(f.x.z[at], normed ? of[scale * lanes] : A(1), normed ? of[shift * lanes] : A(0));
+      const A g = masked<T, masks>(f, at), y = v * of[mask * lanes], is_top = v == of[top * lanes] ? A(1) : A(0);
+      const A gm = g * sa[r], away = normed ? static_cast<A>(f.x.z[at]) - of[mean * lanes] : v;
+      totals[r][l] += g * y * of[factor * lanes];
+      equals[r][l] += y == top_p[r] ? A(1) : A(0);
+      sums[product] += gm * away, sums[ties] += is_top;
+      sums[plain] += gm, sums[at_ties] += is_top * away, sums[centered] += away;
+    });
+    unrolled<normed ? columns_normed : columns_alone>([&](size_t k) { of[k * lanes] += sums[k]; });
+  });
+  for (int64_t r = 0; r < count; ++r) rows[first + r] = sum_of(totals[r]), row_ties[first + r] = sum_of(equals[r]);
+}
+
+// One channel, whose positions lie side by side.
+template <typename T, bool normed, bool masks>
+void products_of_channel(const Backward<T>& f, int64_t b, int64_t o, acc_t<T>* mine, acc_t<T>* rows) {
+  using A = acc_t<T>;
+  const int64_t n = f.s.inner, first = b * f.s.outer + o;
+  const A *sa = f.sa + b * n, *top_p = f.top_p + b * n, ca = f.ca[first], gamma = f.gamma[o], top_c = f.top_c[first];
+  const A slope = normed ? f.x.scale[o] : A(1), offset = normed ? f.x.shift[o] : A(0), middle = normed ? f.mean[o] : A(0);
+  A sums[columns_normed][lanes] = {};
+  in_lanes(n, [&](int64_t i, int64_t l) {
+    const T z = f.x.z[first * n + i];
+    const A v = value_of<T, normed>(z, slope, offset), away = normed ? static_cast<A>(z) - middle : v;
+    const A g = masked<T, masks>(f, first * n + i), y = v * ca, is_top = v == top_c ? A(1) : A(0), gm = g * sa[i];
+    mine[i] += g * y * gamma;
+    mine[n + i] += y == top_p[i] ? A(1) : A(0);
+    sums[product][l] += gm * away, sums[ties][l] += is_top;
+    if constexpr (normed) sums[plain][l] += gm, sums[at_ties][l] += is_top * away, sums[centered][l] += away;
+  });
+  for (int64_t k = 0; k < (normed ? columns_normed : columns_alone); ++k)
+    rows[k * f.s.batch * f.s.outer + first] = sum_of(sums[k]);
+}
+
+template <typename T, bool channel_is_inner, bool normed, bool masks>
 void products_of(const Backward<T>& f, acc_t<T>* rows, acc_t<T>* row_ties, Partial<acc_t<T>>& partial) {
   using A = acc_t<T>;
-  const int64_t n = f.s.inner, channels = channel_is_inner ? n : f.s.outer, places = channel_is_inner ? f.s.outer : n;
   for_parts(f.s, [&](int64_t b, int64_t part) {
     A* mine = partial.at(b, part);
-    const A *ca = f.ca + b * channels, *sa = f.sa + b * places, *top_c = f.top_c + b * channels,
-            *top_p = f.top_p + b * places;
-    for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
-      const int64_t at = b * f.s.outer + o;
-      const T *gr = f.g + at * n, *zr = f.x.z + at * n, *out = f.out ? f.out + at * n : nullptr;
-      T* masked = f.g_masked + at * n;
-      if (out) {
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) masked[i] = static_cast<A>(out[i]) <= A(0) ? T(0) : gr[i];
-        gr = masked;
+    int64_t o = f.s.first(part);
+    const int64_t n = f.s.inner, last = f.s.first(part + 1);
+    if constexpr (channel_is_inner) {
+      Blocks<A, kinds_of_channel> blocks(n);
+      blocks.fill(mask, [&](int64_t c) { return f.ca[b * n + c]; });
+      blocks.fill(top, [&](int64_t c) { return f.top_c[b * n + c]; });
+      blocks.fill(factor, [&](int64_t c) { return f.gamma[c]; });
+      if (normed) {
+        blocks.fill(scale, [&](int64_t c) { return f.x.scale[c]; });
+        blocks.fill(shift, [&](int64_t c) { return f.x.shift[c]; });
+        blocks.fill(mean, [&](int64_t c) { return f.mean[c]; });
       }
-      if constexpr (channel_is_inner) {
-        const A mask = sa[o], top = top_p[o];
-        A total = 0, equal = 0;
-#pragma omp simd reduction(+ : total, equal)
-        for (int64_t i = 0; i < n; ++i) {
-          const A z = static_cast<A>(zr[i]), g = static_cast<A>(gr[i]);
-          const A v = value_of<T, normed>(zr[i], normed ? f.x.scale[i] : A(1), normed ? f.x.shift[i] : A(0));
-          const A y = v * ca[i], is_top = v == top_c[i] ? A(1) : A(0), gm = g * mask;
-          const A away = normed ? z - f.mean[i] : v;
-          total += g * y * (f.gamma ? f.gamma[i] : A(1));
-          equal += y == top ? A(1) : A(0);
-          mine[product * n + i] += gm * away;
-          mine[ties * n + i] += is_top;
-          if constexpr (normed) {
-            mine[plain * n + i] += gm;
-            mine[at_ties * n + i] += is_top * away;
-            mine[centered * n + i] += away;
-          }
-        }
-        rows[at] = total;
-        row_ties[at] = equal;
-      } else {
-        const A mask = ca[o], gamma = f.gamma ? f.gamma[o] : A(1), top = top_c[o];
-        const A scale = normed ? f.x.scale[o] : A(1), shift = normed ? f.x.shift[o] : A(0);
-        const A mean = normed ? f.mean[o] : A(0);
-        A sums[columns_normed] = {};
-        A p = 0, t = 0, q = 0, r = 0, u = 0;
-#pragma omp simd reduction(+ : p, t, q, r, u)
-        for (int64_t i = 0; i < n; ++i) {
-          const A z = static_cast<A>(zr[i]), g = static_cast<A>(gr[i]);
-          const A v = value_of<T, normed>(zr[i], scale, shift), away = normed ? z - mean : v;
-          const A y = v * mask, is_top = v == top ? A(1) : A(0), gm = g * sa[i];
-          mine[i] += g * y * gamma;
-          mine[n + i] += y == top_p[i] ? A(1) : A(0);
-          p += gm * away, t += is_top, q += gm, r += is_top * away, u += away;
-        }
-        sums[product] = p, sums[ties] = t, sums[plain] = q, sums[at_ties] = r, sums[centered] = u;
-        for (int64_t k = 0; k < (normed ? columns_normed : columns_alone); ++k) rows[k * f.s.batch * channels + at] = sums[k];
-      }
+      for (; o + rows_at_once <= last; o += rows_at_once)
+        products_of_places<T, normed, masks, rows_at_once>(f, b, o, blocks, rows, row_ties);
+      for (; o < last; ++o) products_of_places<T, normed, masks, 1>(f, b, o, blocks, rows, row_ties);
+      for (int64_t k = 0; k < (normed ? columns_normed : columns_alone); ++k) blocks.copy_to(k, mine + k * n);
+    } else {
+      for (; o < last; ++o) products_of_channel<T, normed, masks>(f, b, o, mine, rows);
     }
   });
 }
@@ -107,16 +134,15 @@ void spread_of(const Backward<T>& f, const acc_t<T>* g_avg, const acc_t<T>* g_ma
       } else {
         const A scale = normed ? f.x.scale[o] : A(1), shift = normed ? f.x.shift[o] : A(0);
         const A mask = ca[o], mean = normed ? f.mean[o] : A(0);
-        A total = 0, alone = 0;
-#pragma omp simd reduction(+ : total, alone)
-        for (int64_t i = 0; i < n; ++i) {
-          const A v = value_of<T, normed>(zr[i], scale, shift);
-          const A m = avg[i] + (v * mask == top_p[i] ? most[i] : A(0));
-          total += m * (normed ? static_cast<A>(zr[i]) - mean : v);
-          alone += m;
-        }
-        rows[at] = total;
-        if (normed) rows[f.s.batch * channels + at] = alone;
+        A totals[lanes] = {}, alone[lanes] = {};
+        in_lanes(n, [&](int64_t i, int64_t l) {
+          const A v = value_of<T, normed>(zr[i], scale, shift), most_here = most[i];
+          const A m = avg[i] + (v * mask == top_p[i] ? most_here : A(0));
+          totals[l] += m * (normed ? static_cast<A>(zr[i]) - mean : v);
+          alone[l] += m;
+        });
+        rows[at] = sum_of(totals);
+        if (normed) rows[f.s.batch * channels + at] = sum_of(alone);
       }
     }
   });
@@ -136,11 +162,12 @@ struct OfMaps {
   int64_t count;
 };
 
-// One row of Wᵀ·g_learned.
+// One row of g_avg + Wᵀ·g_learned.
 template <bool channel_is_inner, typename A>
-void spread_learned(const OfMaps<A>& maps, int64_t b, int64_t o, int64_t n, int64_t outer, A* row) {
-  std::fill(row, row + n, A(0));
+void spread_maps(const OfMaps<A>& maps, int64_t b, int64_t o, int64_t n, int64_t outer, A* row) {
   const int64_t places = channel_is_inner ? outer : n, channels = channel_is_inner ? n : outer;
+  if (channel_is_inner) std::fill(row, row + n, maps.avg[b * places + o]);
+  else std::copy(maps.avg + b * places, maps.avg + (b + 1) * places, row);
   for (int64_t p = 0; p < maps.count; ++p) {
     const A *g = maps.learned + (b * maps.count + p) * places, *weights = maps.weights + p * channels;
     const A *along = channel_is_inner ? weights : g, one = channel_is_inner ? g[o] : weights[o];
@@ -149,33 +176,59 @@ void spread_learned(const OfMaps<A>& maps, int64_t b, int64_t o, int64_t n, int6
   }
 }
 
+// What the last reading takes of each channel: g_x = g'·sa·of_g + m·of_map + (z − mean)·of_z + rest, and at_top more
+// where x is at its largest over positions.
+enum OfInput { of_g, of_map, of_z, rest, at_top, in_mask, in_top, in_scale, in_shift, in_mean, kinds_of_input };
+
+template <typename T, bool normed>
+inline acc_t<T> input_gradient_at(const acc_t<T>* of, int64_t step, T given, T z, acc_t<T> sa, acc_t<T> map,
+                                  acc_t<T> most, acc_t<T> top_p) {
+  using A = acc_t<T>;
+  const A v = value_of<T, normed>(z, normed ? of[in_scale * step] : A(1), normed ? of[in_shift * step] : A(0));
+  const A m = map + (v * of[in_mask * step] == top_p ? most : A(0)), more = of[at_top * step];
+  const A g = static_cast<A>(given) * sa * of[of_g * step] + m * of[of_map * step] + of[rest * step];
+  const A result = g + (v == of[in_top * step] ? more : A(0));
+  return normed ? result + (static_cast<A>(z) - of[in_mean * step]) * of[of_z * step] : result;
+}
+
 // g_x = (γ·g'·sa + m + Wᵀ·g_learned)·ca + g_savg + g_smax where x is at its largest over positions; then through the
 // BatchNorm.
 template <typename T, bool channel_is_inner, bool normed>
-void input_gradient_of(const Backward<T>& f, const OfMaps<acc_t<T>>& maps, const ByChannel<acc_t<T>>& of, T* g_x) {
+void input_gradient_of(const Backward<T>& f, const OfMaps<acc_t<T>>& maps, const ByChannel<acc_t<T>>& by, T* g_x) {
   using A = acc_t<T>;
   const int64_t n = f.s.inner, channels = channel_is_inner ? n : f.s.outer, places = channel_is_inner ? f.s.outer : n;
   for_parts(f.s, [&](int64_t b, int64_t part) {
-    const A *ca = f.ca + b * channels, *sa = f.sa + b * places, *top_c = f.top_c + b * channels,
-            *top_p = f.top_p + b * places, *avg = maps.avg + b * places, *most = maps.most + b * places,
-            *s_avg = of.g_avg + b * channels, *s_max = of.g_max + b * channels;
-    std::vector<A> spread(maps.count ? n : 0);
+    const A *sa = f.sa + b * places, *top_p = f.top_p + b * places, *most = maps.most + b * places;
+    Blocks<A, kinds_of_input> blocks(channels);
+    for (int64_t c = 0; c < channels; ++c) {
+      const int64_t at = b * channels + c;
+      const A ca = f.ca[at], factor = normed ? by.factor[c] : A(1);
+      A* of = blocks.at(c, c % lanes);
+      auto set = [&](int64_t kind, A value) { of[kind * lanes] = value; };
+      set(of_g, f.gamma[c] * ca * factor), set(of_map, ca * factor), set(at_top, by.g_max[at] * factor);
+      set(rest, (by.g_avg[at] - (normed ? by.offset[c] : A(0))) * factor), set(in_mask, ca), set(in_top, f.top_c[at]);
+      if (normed) {
+        set(of_z, -by.slope[c] * factor), set(in_mean, f.mean[c]);
+        set(in_scale, f.x.scale[c]), set(in_shift, f.x.shift[c]);
+      }
+    }
+    std::vector<A> given(n);
     for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
       const int64_t at = (b * f.s.outer + o) * n;
       const T *gr = (f.out ? f.g_masked : f.g) + at, *zr = f.x.z + at;
       T* to = g_x + at;
-      if (maps.count) spread_learned<channel_is_inner>(maps, b, o, n, f.s.outer, spread.data());
-      const A* more = maps.count ? spread.data() : nullptr;
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        const int64_t c = channel_is_inner ? i : o, p = channel_is_inner ? o : i;
-        const A v = value_of<T, normed>(zr[i], normed ? f.x.scale[c] : A(1), normed ? f.x.shift[c] : A(0));
-        const A g = static_cast<A>(gr[i]) * (f.gamma ? f.gamma[c] : A(1));
-        const A g_y = g * sa[p] + avg[p] + (v * ca[c] == top_p[p] ? most[p] : A(0)) + (more ? more[i] : A(0));
-        A result = g_y * ca[c] + s_avg[c] + (v == top_c[c] ? s_max[c] : A(0));
-        if constexpr (normed)
-          result = (result - of.offset[c] - (static_cast<A>(zr[i]) - f.mean[c]) * of.slope[c]) * of.factor[c];
-        store(to + i, result);
+      spread_maps<channel_is_inner>(maps, b, o, n, f.s.outer, given.data());
+      const A* map = given.data();
+      if constexpr (channel_is_inner) {
+        const A mask = sa[o], top = top_p[o], more = most[o];
+        in_lanes(n, [&](int64_t i, int64_t l) {
+          store(to + i, input_gradient_at<T, normed>(blocks.at(i, l), lanes, gr[i], zr[i], mask, map[i], more, top));
+        });
+      } else {
+        const A* of = blocks.at(o, o % lanes);
+        in_lanes(n, [&](int64_t i, int64_t) {
+          store(to + i, input_gradient_at<T, normed>(of, lanes, gr[i], zr[i], sa[i], map[i], most[i], top_p[i]));
+        });
       }
     }
   });

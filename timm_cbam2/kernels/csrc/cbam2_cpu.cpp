@@ -1,5 +1,6 @@
 // CBAM2 on a CPU: each pass over full-size tensors reads them once; see models/passes_cbam2.py for the formulas.
 
+#include <ATen/ops/ones.h>
 #include <torch/library.h>
 
 #include "backward.h"
@@ -81,7 +82,7 @@ Backward<T> backward_of(Small<T>& of, const Shape& s, const Tensor& g, const Opt
           of.read(norm[2]),
           g.const_data_ptr<T>(),
           out ? out->const_data_ptr<T>() : nullptr,
-          of.read(gamma),
+          of.read(gamma ? *gamma : at::ones({z.size(1)}, small[1].options())),
           of.read(small[1]),
           of.read(small[3]),
           of.read(small[0].select(1, 1)),
@@ -107,7 +108,10 @@ std::vector<Tensor> products(const Tensor& g, const Optional& out, const Tensor&
     auto* by_channel = of.make(sums, z, columns * channels);
     Partial<acc_t<scalar_t>> partial(s, s.channel_is_inner ? columns : 2);
     auto* rows = s.channel_is_inner ? at_place : by_channel;
-    BOTH_LAYOUTS(s, normed, (products_of<scalar_t, inner, norm>(f, rows, equal, partial)));
+    BOTH_LAYOUTS(s, normed, {
+      if (out) products_of<scalar_t, inner, norm, true>(f, rows, equal, partial);
+      else products_of<scalar_t, inner, norm, false>(f, rows, equal, partial);
+    });
     if (s.channel_is_inner)
       for (int64_t k = 0; k < columns; ++k) partial.add_into(k, by_channel + k * batch * channels);
     else partial.add_into(0, at_place), partial.add_into(1, equal);

@@ -3,22 +3,14 @@
 
 #pragma once
 
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <ATen/ops/zeros_like.h>
 
-#include <algorithm>
-#include <numeric>
-#include <vector>
+#include "layout.h"
 
 namespace {
 
-using at::Tensor;
-
-constexpr int64_t lanes = 16, taps_at_once = 7;
+constexpr int64_t taps_at_once = 7;
 
 // A map (H, W) with zeros around: f/2 above and on the left, as many as whole blocks need on the right and below.
 template <typename A>

@@ -34,6 +34,19 @@ struct Reduced {
   int64_t stride;
 };
 
+// `count` learned maps at one position, from p on, for the channels in `row`.
+template <int64_t count, typename T>
+inline void dot_products(const T* row, int64_t n, const Learned<acc_t<T>>& more, int64_t p, acc_t<T>* to, int64_t stride) {
+  using A = acc_t<T>;
+  const A* weights = more.weights + p * n;
+  A sums[count][lanes] = {};
+  in_lanes(n, [&](int64_t i, int64_t l) {
+    const A v = static_cast<A>(row[i]);
+    unrolled<count>([&](size_t k) { sums[k][l] += v * weights[k * n + i]; });
+  });
+  for (int64_t k = 0; k < count; ++k) to[k * stride] = sum_of(sums[k]) + more.offsets[p + k];
+}
+
 // By row, over columns.
 template <typename T, bool channel_is_inner, bool normed, bool scaled>
 void reduce_rows(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const Learned<acc_t<T>>& more, int64_t b,
@@ -44,32 +57,19 @@ void reduce_rows(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const Le
     const T* row = x.z + (b * s.outer + o) * n;
     const A scale = normed && !channel_is_inner ? x.scale[o] : A(1), shift = normed && !channel_is_inner ? x.shift[o] : A(0);
     const A mask = scaled && !channel_is_inner ? ca[o] : A(1);
-    A total = 0, most = -std::numeric_limits<A>::infinity();
-#pragma omp simd reduction(+ : total) reduction(max : most)
-    for (int64_t i = 0; i < n; ++i) {
+    A totals[lanes] = {}, mosts[lanes];
+    std::fill(mosts, mosts + lanes, -std::numeric_limits<A>::infinity());
+    in_lanes(n, [&](int64_t i, int64_t l) {
       const A v = value_of<T, normed>(row[i], channel_is_inner && normed ? x.scale[i] : scale,
                                       channel_is_inner && normed ? x.shift[i] : shift) *
                   (channel_is_inner && scaled ? ca[i] : mask);
-      total += v;
-      most = v > most ? v : most;
-    }
-    to.sums[o] = total, to.largest[o] = most;
+      totals[l] += v;
+      mosts[l] = v > mosts[l] ? v : mosts[l];
+    });
+    to.sums[o] = sum_of(totals), to.largest[o] = *std::max_element(mosts, mosts + lanes);
     int64_t p = 0;
-    for (; p + 2 <= more.count; p += 2) {  // two at a time: one alone would wait for its own sums
-      const A *one = more.weights + p * n, *other = one + n;
-      A first = 0, second = 0;
-#pragma omp simd reduction(+ : first, second)
-      for (int64_t i = 0; i < n; ++i) first += static_cast<A>(row[i]) * one[i], second += static_cast<A>(row[i]) * other[i];
-      to.learned[p * to.stride + o] = first + more.offsets[p];
-      to.learned[(p + 1) * to.stride + o] = second + more.offsets[p + 1];
-    }
-    for (; p < more.count; ++p) {
-      const A* one = more.weights + p * n;
-      A first = 0;
-#pragma omp simd reduction(+ : first)
-      for (int64_t i = 0; i < n; ++i) first += static_cast<A>(row[i]) * one[i];
-      to.learned[p * to.stride + o] = first + more.offsets[p];
-    }
+    for (; p + 4 <= more.count; p += 4) dot_products<4>(row, n, more, p, to.learned + p * to.stride + o, to.stride);
+    for (; p < more.count; ++p) dot_products<1>(row, n, more, p, to.learned + p * to.stride + o, to.stride);
   }
 }
 
@@ -95,7 +95,6 @@ void reduce_columns(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) {
       A total = 0, most = largest[i];
-#pragma GCC unroll 4
       for (int64_t r = 0; r < count; ++r) {
         const A v = value_of<T, normed>(rows[r * n + i], channel_is_inner && normed ? x.scale[i] : scale[r],
                                         channel_is_inner && normed ? x.shift[i] : shift[r]) *

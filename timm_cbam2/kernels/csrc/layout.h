@@ -16,7 +16,9 @@
 #include <cstring>
 #include <deque>
 #include <limits>
+#include <numeric>
 #include <optional>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -70,6 +72,55 @@ Shape shape_of(const Tensor& x) {
   const int64_t outer = last ? places : x.size(1), inner = last ? x.size(1) : places;
   const int64_t parts = x.size(0) % threads == 0 ? 1 : std::max<int64_t>(1, std::min(threads, outer));
   return {x.size(0), outer, inner, parts, last};
+}
+
+constexpr int64_t lanes = 16;  // numbers side by side: two vectors of a sum in floats, so that none waits for itself
+
+// body(i, lane) for i below n. A loop with a maximum, or with several sums, that compilers vectorise: each lane has its own.
+template <typename F>
+inline void in_lanes(int64_t n, F body) {
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+#pragma omp simd
+    for (int64_t l = 0; l < lanes; ++l) body(i + l, l);
+  }
+  for (; i < n; ++i) body(i, i % lanes);
+}
+
+// Several numbers of each channel, block by block of `lanes` channels: arrays one behind the other, a power of two apart,
+// would all want the same few lines of the cache.
+template <typename A, int64_t kinds>
+class Blocks {
+ public:
+  explicit Blocks(int64_t n) : n_(n), all_((n + lanes - 1) / lanes * lanes * kinds) {}
+  A* at(int64_t i, int64_t l) { return all_.data() + (i - l) * kinds + l; }  // as `in_lanes` gives them; [kind * lanes]
+  template <typename F>
+  void fill(int64_t kind, F value) {
+    for (int64_t i = 0; i < n_; ++i) at(i, i % lanes)[kind * lanes] = value(i);
+  }
+  void copy_to(int64_t kind, A* to) {
+    for (int64_t i = 0; i < n_; ++i) to[i] = at(i, i % lanes)[kind * lanes];
+  }
+
+ private:
+  const int64_t n_;
+  std::vector<A> all_;
+};
+
+template <typename F, size_t... each>
+inline void unrolled(F body, std::index_sequence<each...>) {
+  (body(each), ...);
+}
+
+// body(0), body(1) and so on, as if written out: inside a loop that is to be vectorised there must be no other.
+template <size_t count, typename F>
+inline void unrolled(F body) {
+  unrolled(body, std::make_index_sequence<count>());
+}
+
+template <typename A>
+inline A sum_of(const A* values) {
+  return std::accumulate(values, values + lanes, A(0));
 }
 
 template <typename F>
