@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import warnings
 from contextlib import contextmanager, suppress
@@ -24,6 +25,7 @@ from .zoo import load, pretrained_tags, resolve, whole_name
 __all__ = ["export", "export_onnx", "export_pt2", "export_torchscript"]
 
 TOLERANCE = 1e-4
+LARGE = 512  # side in pixels; a size that is bounded there is bounded by the model itself
 
 
 def _ready(model: nn.Module) -> nn.Module:
@@ -49,6 +51,10 @@ def _program(model: nn.Module, size: tuple[int, int, int]) -> torch.export.Expor
         _refusals(f"torch.export cannot trace this model with images of {height}x{width}, try another --img-size"),
     ):
         program = torch.export.export(model, (torch.randn(2, channels, height, width),), dynamic_shapes=(dynamic,))
+    bounded = any(math.isfinite(allowed.upper) for allowed in program.range_constraints.values())
+    if bounded and max(height, width) < LARGE:
+        # Older versions of torch let such a map bound the size from above all the same; larger images have none.
+        return _program(model, (channels, 2 * height, 2 * width))
     # Guesses about memory layout leave guards such as "a batch above 1", which what was traced does not need: what it
     # computes is compared on several sizes instead. Older versions of torch make none.
     if hasattr(program, "_guards_code"):
