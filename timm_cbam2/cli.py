@@ -13,6 +13,7 @@ from .hub.export import export
 from .hub.listing import models
 from .hub.push import pull, push
 from .insertion.command import insert
+from .insertion.remove_command import remove
 from .seeing.evaluate import evaluate
 from .seeing.explain import explain
 from .seeing.page.app import app
@@ -27,6 +28,7 @@ def main() -> NoReturn:
     run_commands(
         finetune,
         insert,
+        remove,
         evaluate,
         predict,
         explain,

@@ -14,6 +14,7 @@ from torch import nn
 
 import timm_cbam2
 from timm_cbam2 import Cbam2, insert, load_inserted, remove, save
+from timm_cbam2.hub.zoo import load
 
 
 def constant_masks(model):
@@ -159,3 +160,35 @@ def test_what_does_not_fit_is_named_and_the_network_left_alone(tmp_path):
         load_inserted(fresh, tmp_path)
     with pytest.raises(ValueError, match="only those can be saved"):
         save(torchvision.models.resnet18(), tmp_path / "plain")
+
+
+def test_the_command(run, refused, small_run, tmp_path):
+    trained, x = (
+        timm.create_model(f"local-dir:{small_run[0] / 'best'}", pretrained=True).eval(),
+        torch.randn(4, 3, 8, 8),
+    )
+    plain, folded = tmp_path / "plain", tmp_path / "folded"
+    result = run("remove", small_run[0], "-o", plain)
+    assert result.code == 0 and result.err == "" and "resnet20: " in result.out, result
+    result = run("remove", small_run[0], "--fold", "-o", folded)
+    assert result.code == 0 and "9 blocks folded" in result.out and "accuracy on " in result.out, result
+    other = run("remove", small_run[0] / "best", "--fold", "--data", small_run[1], "-o", tmp_path / "other")
+    assert other.code == 0 and "36 images: accuracy on 36 images" in other.out, other  # no split of its own
+    models = [load(str(place)).eval() for place in (plain, folded)]
+    with torch.no_grad():
+        assert not torch.equal(*(model(x) for model in models))
+        assert torch.equal(models[0](x), remove(trained)(x))
+    assert models[0].pretrained_cfg["label_names"] == ["digit0", "digit1", "digit2"]
+
+    new = tmp_path / "new"
+    save(insert(make("torchvision resnet18")), tmp_path / "outside")
+    for args, words in (
+        ((plain, "-o", new), ("has no CBAM2 block",)),
+        ((small_run[0], "-o", plain), (f"--output {plain} already holds a model",)),
+        ((small_run[0], "--data", "digits", "-o", new), ("--data digits", "add --fold")),
+        (("resnet20_cbam2", "--fold", "-o", new), ("is not a run", "--data FOLDER")),
+        ((tmp_path / "outside", "-o", new), ("network outside timm", "load_inserted", "remove(network)")),
+        ((tmp_path / "nowhere", "-o", new), ("no such run or model folder",)),
+    ):
+        refused("remove", *args, words=words)
+    assert not new.exists()

@@ -154,7 +154,7 @@ def resolve(name: str) -> str:
         if (path / INSERTED).is_file():
             raise UserError(
                 f"{name} is of a network outside timm, which no command builds: in Python, "
-                "timm_cbam2.load_inserted(network, folder), then timm_cbam2.explain(network, images)"
+                "timm_cbam2.load_inserted(network, folder), then timm_cbam2.explain(network, images) or remove(network)"
             )
         raise UserError(f"{name} holds neither a run (best/, last/) nor a model (config.json with model.safetensors)")
     if name.startswith("local-dir:") or ":" not in name and ("/" in name or os.path.exists(path)):
