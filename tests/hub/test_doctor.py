@@ -50,3 +50,28 @@ def test_it_runs_where_the_package_is_not_installed(monkeypatch, capsys):
     monkeypatch.setattr(module, "version", missing)
     doctor()
     assert "timm_cbam2 is not installed, and runs from a folder" in capsys.readouterr().out
+
+
+def test_the_cpu_kernel_as_kernels_status_tells_it(monkeypatch, capsys):
+    whole = {"in_use": False, "built": False, "can_build": True, "library": "lib.so", "compiler": "c++", "ninja": "n"}
+    for now, says, advised in (
+        ({"in_use": True}, "CPU kernel: on", False),
+        ({}, "CPU kernel: off; it can be built", "after a minute or two once"),
+        ({"built": True, "can_build": False, "ninja": None}, "CPU kernel: off; it is built (lib.so)", "on CPUs"),
+        ({"can_build": False, "ninja": None}, "CPU kernel: off; it needs ninja", False),
+        ({"can_build": False, "compiler": None, "ninja": None}, "it needs a C++ compiler and ninja", False),
+    ):
+        monkeypatch.setattr(module, "status", lambda now=now: whole | now)
+        doctor()
+        out = capsys.readouterr().out
+        assert says in out and ("TIMM_CBAM2_CPU_KERNEL=1" in out) == bool(advised) and (advised or "") in out, out
+
+
+def test_ninja_of_an_environment_that_is_not_activated(script, environment, tmp_path):
+    """Commands are also called as .venv/bin/timm-cbam2, which puts nothing on the path."""
+    interpreter = tmp_path / "python"
+    interpreter.touch()
+    (tmp_path / "ninja").write_text("#!/bin/sh\n")
+    (tmp_path / "ninja").chmod(0o755)
+    code = "import sys, timm_cbam2.kernels; sys.executable = sys.argv[1]; print(timm_cbam2.kernels.status()['ninja'])"
+    assert script(code, interpreter, env={**environment, "PATH": "/nowhere"}).out == f"{tmp_path / 'ninja'}\n"

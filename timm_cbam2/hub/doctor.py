@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import typer
 from huggingface_hub import constants, get_token
 from packaging.requirements import Requirement
 
-from ..models.passes_cbam2 import registered
+from ..kernels import status
 from ..models.reach_cbam2 import unreachable
 from ..terminal import say
 
@@ -105,17 +104,18 @@ def _devices(advice: list[str]) -> None:
 
 def _kernel(advice: list[str]) -> None:
     """The compiled kernel of the blocks on CPUs: on, or what it takes."""
-    if registered("cpu") is not None:
+    now = status()
+    if now["in_use"]:
         say("CPU kernel: on")
         return
-    compiler = next(filter(None, (shutil.which(name) for name in (os.environ.get("CXX") or "", "c++", "g++"))), None)
-    ninja = shutil.which("ninja") or (Path(sys.executable).parent / "ninja").is_file()
-    missing = [name for name, there in (("a C++ compiler", compiler), ("ninja", ninja)) if not there]
-    say("CPU kernel: off; " + (f"it needs {' and '.join(missing)}" if missing else "it can be built"))
-    if not missing:
-        advice.append(
-            "TIMM_CBAM2_CPU_KERNEL=1 in front of a command speeds up training on CPUs, after a minute or two once"
-        )
+    missing = [name for name, there in (("a C++ compiler", now["compiler"]), ("ninja", now["ninja"])) if not there]
+    if now["built"]:
+        say(f"CPU kernel: off; it is built ({now['library']})")
+    else:
+        say("CPU kernel: off; " + (f"it needs {' and '.join(missing)}" if missing else "it can be built"))
+    if now["built"] or now["can_build"]:
+        wait = "" if now["built"] else ", after a minute or two once"
+        advice.append(f"TIMM_CBAM2_CPU_KERNEL=1 in front of a command speeds up training on CPUs{wait}")
 
 
 def _hub(advice: list[str]) -> None:

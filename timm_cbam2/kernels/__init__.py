@@ -31,7 +31,7 @@ def status() -> dict[str, Any]:
 
     Returns:
         `in_use`: whether it serves this process; `built`: whether later uses start at once; `can_build`: whether a C++
-        compiler and ninja are there; `library`: where it lies or would lie; `compiler`: the compiler, or None.
+        compiler and ninja are there; `library`: its place; `compiler`, `ninja`: where they are, or None.
     """
     from .cpu import state
 

@@ -11,6 +11,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,14 +70,20 @@ def state() -> dict[str, Any]:
     """See `timm_cbam2.kernels.status`."""
     library = _library()[0]
     compiler = shutil.which(os.environ.get("CXX") or "c++")
-    can_build = compiler is not None and shutil.which("ninja") is not None
+    ninja = _ninja()
     return {
         "in_use": registered("cpu") is not None,
         "built": library.is_file(),
-        "can_build": can_build,
+        "can_build": compiler is not None and ninja is not None,
         "library": library,
         "compiler": compiler,
+        "ninja": ninja,
     }
+
+
+def _ninja() -> str | None:
+    """Also beside the interpreter: pip puts it there, and an environment need not be activated to be used."""
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 
 
 def _passes(x: torch.Tensor, affine: Affine | None, owned: bool) -> KernelPasses | None:
@@ -132,7 +139,9 @@ def _build(library: Path, flags: list[str]) -> None:
     from torch.utils import cpp_extension
 
     log.disabled = False
+    ninja, path = _ninja(), os.environ.get("PATH", os.defpath)
     try:
+        os.environ["PATH"] = path if ninja is None else f"{path}{os.pathsep}{Path(ninja).parent}"  # torch looks there
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent, prefix="timm_cbam2_cpu-") as folder:
             cpp_extension.load(
@@ -149,3 +158,5 @@ def _build(library: Path, flags: list[str]) -> None:
             f"the CPU kernel cannot be built: {reason}. It needs a C++ compiler and `pip install timm_cbam2[cpu]`; "
             "without it everything works, only slower."
         ) from error
+    finally:
+        os.environ["PATH"] = path
