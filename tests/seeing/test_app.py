@@ -248,4 +248,5 @@ def test_this_machine_only_and_no_large_file(address):
 def test_mistakes_are_one_line(refused, address):
     refused("app", "resnet2O_cbam2", words=["resnet20_cbam2"])
     refused("app", "nowhere/run", words=["no such run or model folder"])
+    refused("app", "resnet20_cbam2", "--host", "192.0.2.1", words=["--host 192.0.2.1", "of this machine"])
     refused("app", "resnet20_cbam2", "--port", address.rpartition(":")[2], words=["--port"])

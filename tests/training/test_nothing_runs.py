@@ -5,11 +5,15 @@ import io
 import json
 import pickle
 import shutil
+import socket
+import sys
 
 import pytest
 import timm
 import torch
+from hub_server import Hub
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from warm import COMMAND, MODULES, Server
 
 from timm_cbam2.insertion.saved import load_inserted
 
@@ -169,6 +173,7 @@ def test_what_a_checkpoint_tells_of_itself(refused, run, run_folder):
     refused("finetune", "--resume", folder, words=("random_0.safetensors", "holds no state"))
 
 
+TAKEN = socket.create_server(("127.0.0.1", 0))
 # What each needs of a run or model folder, so that it must refuse when that is something else.
 MODEL = {"best/model.safetensors", "best/config.json"}
 COMMANDS = {
@@ -179,6 +184,7 @@ COMMANDS = {
     "report": {"run.json"},  # without the model, it has no pictures of it
     "push": {"run.json", *MODEL},
     "finetune": MODEL,
+    "app": MODEL,
 }
 
 
@@ -195,7 +201,10 @@ def test_commands(command, start_python, run_folder, small_run, payloads, quick,
         "report": (folder,),
         "push": (folder, "me/model", "--dry-run"),
         "finetune": ("--data", small_run[1], *quick, "--model", folder, "--output", tmp_path / "anew"),
+        "app": (folder, "--port", TAKEN.getsockname()[1]),  # it ends when all is loaded
     }[command]
+    if command == "app":
+        pytest.importorskip("gradio", reason="the page needs gradio")
     needed = COMMANDS[command]
     own = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     own = [file for file in own if not file.startswith("checkpoints") and file != ".lock"]
@@ -210,7 +219,33 @@ def test_commands(command, start_python, run_folder, small_run, payloads, quick,
     for files, code, err in planted(start_python, folder, payloads, cases, (command, *args), tmp_path):
         pickled_only = len(files) == 1 and files[0].rpartition("/")[2] in IN_MODELS
         if files[0] in needed or pickled_only and MODEL <= needed:
-            assert code == 2, (files, err)
+            assert code == 2 and "--port" not in err, (files, err)
+        elif command == "app":
+            assert "give another --port or --host" in err, (files, err)
+
+
+def test_pull(payloads, small_run, environment, tmp_path):
+    """From the Hub come the files of a model alone, and no pickle stays in the place of one."""
+    mark, kinds = payloads
+    whole = {path.name: path.read_bytes() for path in (small_run[0] / "best").iterdir()}
+    evil, pulled = {name: payload.read_bytes() for name, payload in kinds.items()}, 0
+    with Hub() as hub:
+        env = {**environment, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
+        del env["HF_HUB_OFFLINE"]
+        server = Server(sys.executable, [*MODULES, "timm_cbam2.hub.push"], env)
+        cases = [(name, kind) for name in sorted(MODEL) for kind in evil]
+        cases += [(f"best/{name}", "zip") for name in ("README.md", *IN_MODELS, "modeling_cbam2.py")]
+        for number, (file, kind) in enumerate(cases):
+            name, place = f"user/m{number}", tmp_path / str(number)
+            hub.add(name, {**whole, file.removeprefix("best/"): evil[kind]})
+            result = server.start("-c", COMMAND, "pull", name, place, brief=True).wait()
+            code, lines = (2, 1) if file in MODEL else (0, 0)
+            assert not mark.exists() and (result.code, len(result.err.splitlines())) == (code, lines), (file, result)
+            held = {path.name for path in place.iterdir()} if place.exists() else set()
+            assert not held & set(IN_MODELS) and ("model.safetensors" in held) == (file not in MODEL)
+            pulled += len(held) > 0
+        server.close()
+    assert pulled == len(cases) - 6
 
 
 def test_both_libraries_doors(run_folder, payloads):

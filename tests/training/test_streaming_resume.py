@@ -1,8 +1,11 @@
 """A stream interrupted in the middle of an epoch goes on at the very image; a signal is heard while it is measured."""
 
+import hashlib
 import io
 import json
 import pickle
+import re
+import shutil
 import signal
 import tarfile
 import time
@@ -11,11 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from timm_cbam2.data import shards, stream
 from timm_cbam2.data.reading import read_image
 from timm_cbam2.data.sources import images_of_run
+from timm_cbam2.errors import UserError, one_line
+from timm_cbam2.training.snapshot import fitting, going_on
+from timm_cbam2.training.states import pack, read_state
 
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("torchdata")
@@ -124,7 +131,67 @@ def test_what_is_held_out_is_never_trained_on(write_shards, processes):
         assert sorted(seen["train"] + seen["val"]) == list(range(68))
 
 
+def altered(tree, values):
+    """Each version of nested dicts, lists and tuples in which one thing, at any depth, is one of `values` instead."""
+    yield from values
+    if isinstance(tree, dict):
+        for key, part in tree.items():
+            yield from ({**tree, key: other} for other in altered(part, values))
+            yield {name: value for name, value in tree.items() if name != key}
+    elif isinstance(tree, (list, tuple)):
+        for i, part in enumerate(tree):
+            yield from (type(tree)([*tree[:i], other, *tree[i + 1 :]]) for other in altered(part, values))
+
+
+@pytest.mark.filterwarnings("ignore")  # lengths that are none, and loaders that were never whole
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_place_that_is_none(write_shards, tmp_path, workers):
+    """Whatever stands in its place in a checkpoint ends in one line, if it is not a place after all."""
+    samples = stream.find_stream(str(write_shards(train=[9, 9])), None, None, "0.25").splits["train"]
+
+    def make():
+        dataset = stream.StreamedImages(samples, CONFIG, "none", 3, False, (0, 1))
+        dataset.set_epoch(1)
+        return stream.make_stream_loader(dataset, 2, workers)
+
+    loader = make()
+    batches = iter(loader)
+    seen = [next(batches) for _ in range(2)]
+    whole, said = stream.place(loader), []
+    rest = numbers(batches)
+    # Processes take their time to start: a few of them will do.
+    values = ("x",) if workers else ("x", None, -1, 10**9, 0.5, [], {}, {"a": 1})
+    for number, place in enumerate((whole, *altered(whole, values))):
+        if workers and number % 7:
+            continue
+        try:
+            with fitting(tmp_path / "position"):
+                stream.load_place(loader := make(), place)
+            got = numbers(going_on(stream.in_turns(loader, len(rest) // 2), tmp_path / "position"))
+            assert number or got == rest, "the place as it was"
+        except UserError as error:
+            assert "\n" not in one_line(error), place
+            said.append(str(error))
+    assert (
+        seen and sum(f"{tmp_path / 'position'} does not fit this run" in text for text in said) > (2, 50)[not workers]
+    )
+
+
 ARGS = ("--streaming", "--model", "resnet20_cbam2", "--no-pretrained", "--img-size", "8", "--save-every", "1 step")
+
+
+def send_elsewhere(checkpoint):
+    """A place in the stream that is none, with checksums that are right."""
+    file = checkpoint / "position.safetensors"
+    text = json.dumps(pack(read_state(file))[0])
+    with safe_open(file, "pt") as content:
+        tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    assert '["given", ' in text
+    text = re.sub(r'\["given", \d+\]', '["given", "far"]', text)
+    save_file(tensors, file, metadata={"format": "pt", "timm_cbam2": text})
+    sums = checkpoint / "SHA256SUMS"
+    line = f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}"
+    sums.write_text(re.sub(rf".*  {file.name}", line, sums.read_text()))
 
 
 def launched(start, start_group, processes, *args):
@@ -155,6 +222,12 @@ def test_killed_in_the_middle_of_an_epoch(start, start_group, refused, write_sha
     assert not (folder / "metrics.jsonl").exists()  # it was in the first epoch
     if processes == 1:
         refused(*args, "--output", folder, "--workers", "0", words=("--workers was 1 and is now 0",))
+        hostile = shutil.copytree(folder, tmp_path / "hostile")
+        for checkpoint in (hostile / "checkpoints").glob("step-*"):
+            send_elsewhere(checkpoint)
+        refused(
+            *args, "--output", hostile, words=("position.safetensors does not fit this run", "no place in a stream")
+        )
     running = launched(start, start_group, processes, *args, "--output", folder)
     for result in [p.wait() for p in running]:
         assert result.code == 0, result

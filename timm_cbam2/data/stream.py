@@ -169,8 +169,7 @@ class StreamedImages(IterableDataset):
 
     def left_out(self) -> list[str]:
         """Names of the first unreadable images of this process's share."""
-        rows = (bytes(row.tolist()).rstrip(b"\0") for row in self.bad_names)
-        return [row.decode(errors="replace") for row in rows if row]
+        return [name for row in self.bad_names if (name := bytes(row.tolist()).rstrip(b"\0").decode(errors="replace"))]
 
     def check_headers(self) -> None:
         """Nothing can be checked in advance."""
@@ -180,7 +179,14 @@ class StreamedImages(IterableDataset):
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there at the next iteration."""
+        """Go on from there at the next iteration.
+
+        Raises:
+            ValueError: that is no place in a stream.
+        """
+        table, *counts = (state.get(name) for name in ("table", "block", "given"))
+        if state and not (isinstance(table, (dict, type(None))) and all(type(c) is int and c >= 0 for c in counts)):
+            raise ValueError(f"no place in a stream: {one_line(repr(state), 80)}")
         self.loaded = dict(state)
 
     def _rows(self, stream: tuple[int, ...]) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -23,7 +23,7 @@ from .optimise import keep_frozen
 from .predictions import count_hits
 from .progress import MetricsFile, Progress
 from .settings import save_interval
-from .snapshot import fitting
+from .snapshot import POSITION, fitting, going_on
 
 __all__ = ["Run"]
 
@@ -67,6 +67,7 @@ class Run:
         self.watch = LossWatch(self.parts["train"].name)
         self.found_bad: dict[str, Any] | None = None
         self.probe: Tensor | None = None
+        self.resumed: Path | None = None  # file that says where
         self.warned: set[str] = set()
         self.named: set[str] = set()  # unreadable images
         self.exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -82,13 +83,13 @@ class Run:
     def resume(self, checkpoint: Path, batch: int | None = None) -> None:
         """Load a checkpoint; `batch` replaces the one it was made at, when batches have another size now."""
         self.checkpoints.load(checkpoint)
-        at = self.at
+        self.resumed, at = checkpoint / POSITION, self.at
         if batch is not None:
             at.batch = batch
         if self.scheduler is not None:
             # A function of the steps, so that more epochs may have been asked for.
             self.scheduler.step_update(at.updates)
-        with fitting(checkpoint / "position.safetensors"):
+        with fitting(self.resumed):
             for split, indices in at.bad.items():
                 if not self.settings["streaming"]:
                     self.parts[split].bad[indices] = 1
@@ -158,12 +159,8 @@ class Run:
                     row = measure(self)
                     record(self, row)
                     at.epoch, at.batch, at.sums = at.epoch + 1, 0, None
-                    if (
-                        self.over
-                        or self.save_unit == "epochs"
-                        and self.save_every
-                        and row["epoch"] % self.save_every == 0
-                    ):
+                    every = self.save_every if self.save_unit == "epochs" else 0
+                    if self.over or every and row["epoch"] % every == 0:
                         self.checkpoint()
                     if time.monotonic() - drawn > 30 and accelerator.is_main_process:
                         draw_curves(self.folder, self.settings, self.metrics.rows, *self._data())
@@ -243,7 +240,8 @@ class Run:
         accelerator, at, loader = self.accelerator, self.at, self.train_loader
         self.parts["train"].set_epoch(at.epoch)
         if self.settings["streaming"]:
-            for batch in kept_quiet(in_turns(loader, self.batches - at.batch)):
+            batches, self.resumed = going_on(in_turns(loader, self.batches - at.batch), self.resumed), None
+            for batch in kept_quiet(batches):
                 yield [tensor.to(accelerator.device, non_blocking=True) for tensor in batch]
             return
         loader.set_epoch(at.epoch)

@@ -14,8 +14,11 @@ from torch import Tensor
 from ..errors import UserError, one_line
 from .states import NO_STATE, read_state, refuse_code, write_state
 
-__all__ = ["FORMAT", "check_shapes", "fitting", "load_all", "save_all"]
+__all__ = ["FORMAT", "POSITION", "check_shapes", "fitting", "going_on", "load_all", "save_all"]
 
+POSITION = "position.safetensors"  # where a run is
+# What following a place that is none raises; a stream that cannot be reached raises others.
+NO_PLACE = (LookupError, TypeError, ValueError, AttributeError, AssertionError, OverflowError)
 FORMAT = 2  # of the folder, in checkpoint.json; those before it, without a number, were pickled by Accelerate
 
 
@@ -117,6 +120,24 @@ def fitting(file: Path) -> Iterator[None]:
         raise UserError(
             f"{file} does not fit this run ({one_line(error, 160)}): bring back a copy, or start anew in another folder"
         ) from error
+
+
+def going_on(batches: Iterator[Any], file: Path | None) -> Iterator[Any]:
+    """The same batches; if a stream cannot give the first, it was sent where no image is by the place in `file`.
+
+    Raises:
+        UserError: it was.
+    """
+    try:
+        first = next(batches, None)
+    except NO_PLACE as error:
+        if file is None or isinstance(error, UserError):
+            raise
+        with fitting(file):
+            raise
+    if first is not None:
+        yield first
+        yield from batches
 
 
 def _random(accelerator: Any) -> str:

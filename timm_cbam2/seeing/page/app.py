@@ -7,6 +7,7 @@ its imports are absolute.
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Annotated
 
@@ -40,6 +41,8 @@ def app(
     beside = sorted((Path(__file__).parent / "model").glob("*/config.json"))
     name = model or (os.path.relpath(beside[0].parent) if beside else EMBEDDED)
     resolve(name)
+    host = host or os.environ.get("GRADIO_SERVER_NAME") or default_host
+    _check_host(host)
     page = build(name)
     import gradio as gr
 
@@ -47,7 +50,7 @@ def app(
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         page.launch(
-            server_name=host or os.environ.get("GRADIO_SERVER_NAME") or default_host,
+            server_name=host,
             server_port=port,
             inbrowser=browser,
             share=False,
@@ -64,6 +67,15 @@ def app(
         raise UserError(f"{one_line(error, 200)}: give another --port or --host") from error
     say(f"{name}: {page.local_url} (Ctrl-C ends it)")
     page.block_thread()
+
+
+def _check_host(host: str) -> None:
+    """Refuse an address that is none of this machine's, before the server says so in lines of its own."""
+    try:
+        socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        reason = error.strerror or one_line(error)
+        raise UserError(f"--host {host}: {reason}; give an address of this machine, such as 127.0.0.1") from error
 
 
 if __name__ == "__main__":
