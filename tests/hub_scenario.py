@@ -13,7 +13,7 @@ home = Path(HOME)
 os.environ.update(HF_ENDPOINT=hub.url, HF_HOME=str(home / "hf"), HF_HUB_DISABLE_XET="1", HF_HUB_DISABLE_TELEMETRY="1")
 for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
     os.environ.pop(name, None)
-import pytest, timm, torch
+import huggingface_hub, pytest, timm, torch
 from transformers import AutoBackbone, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 import timm_cbam2
 from timm_cbam2.errors import UserError

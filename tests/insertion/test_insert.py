@@ -16,6 +16,7 @@ from torch import nn
 
 import timm_cbam2
 from timm_cbam2 import Cbam2, insert, record_attention, remove
+from timm_cbam2.hub.zoo import load
 
 every_network = pytest.mark.parametrize("name", MAKERS)
 
@@ -115,7 +116,7 @@ def test_a_timm_network_becomes_its_registered_twin(name, twin, tmp_path):
         assert torch.equal(other(x), model(x))
     plain = remove(model)
     timm_cbam2.save(plain, tmp_path / "plain")
-    assert torch.equal(timm.create_model(f"local-dir:{tmp_path / 'plain'}", pretrained=True).eval()(x), plain(x))
+    assert torch.equal(load(str(tmp_path / "plain")).eval()(x), plain(x))  # timm itself cannot before 1.0.31
 
 
 def test_whole_stages_are_a_registered_model_and_others_are_not():

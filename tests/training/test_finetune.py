@@ -38,7 +38,7 @@ def test_run_folder_models_load_in_timm(small_run):
     for name in ("best", "last"):
         model = timm.create_model(f"local-dir:{folder / name}", pretrained=True).eval()
         assert model.num_classes == 3 and model.pretrained_cfg["label_names"] == ["digit0", "digit1", "digit2"]
-        assert model.pretrained_cfg["input_size"] == (3, 8, 8)
+        assert tuple(model.pretrained_cfg["input_size"]) == (3, 8, 8)
         transform = build_transform(data_config(model))
         image = transform(Image.open(next(data.glob("*/*.png"))).convert("RGB"))
         assert model(image[None]).isfinite().all()

@@ -7,6 +7,7 @@ from typing import Any, Sequence
 
 import timm
 import torch
+from timm.layers import DropPath
 from timm.models import convnext as timm_convnext
 from timm.models import resnet as timm_resnet
 from timm.models.convnext import ConvNeXt
@@ -105,11 +106,19 @@ def become_twin(model: nn.Module) -> bool:
 
 
 def _is_built_with(architecture: str, arguments: dict[str, Any], model: nn.Module) -> bool:
-    """Whether these arguments are all that a network was built with, for timm before 1.0.31, which keeps none."""
+    """Whether these arguments are all that a network was built with, for timm before 1.0.31, which keeps none.
+
+    Rates of dropping are of a training, and stay as they are in the network.
+    """
     with torch.device("meta"):
         twin = timm.create_model(architecture, **arguments)
+    dropping = (DropPath, nn.Dropout, nn.Identity)
     parts = [
-        {name: (type(part), part.extra_repr()) for name, part in network.named_modules() if name}
+        {
+            name: (type(part), part.extra_repr())
+            for name, part in network.named_modules()
+            if name and type(part) not in dropping
+        }
         for network in (twin, model)
     ]
     return parts[0] == parts[1]

@@ -76,7 +76,8 @@ class ChannelAttn(nn.Module):
         check_options(locals())
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        rd_channels = rd_channels or make_divisible(channels * rd_ratio, rd_divisor, round_limit=0.0)
+        hidden = min(channels * rd_ratio, 2.0 * MAX_COUNT)  # which may be infinite
+        rd_channels = rd_channels or make_divisible(hidden, rd_divisor, round_limit=0.0)
         if rd_channels > MAX_COUNT:
             raise ValueError(
                 f"CBAM2 option rd_ratio={rd_ratio!r} is not allowed; give one that makes at most {MAX_COUNT} hidden "

@@ -22,6 +22,21 @@ from .resnet_cbam2 import ResNetCbam2
 from .saved_cbam2 import write_config
 from .weights_cbam2 import WARM_START
 
+# isort: split
+# All else that these need: of a folder, older versions of transformers take along only what this file names itself.
+from .channel_cbam2 import ChannelAttn  # noqa: F401
+from .decisions_cbam2 import DecisionNorm  # noqa: F401
+from .fused_cbam2 import fused  # noqa: F401
+from .options_cbam2 import check_options  # noqa: F401
+from .parts_cbam2 import Temperature  # noqa: F401
+from .passes_cbam2 import passes_for  # noqa: F401
+from .reach_cbam2 import promptly  # noqa: F401
+from .residual_cbam2 import branch_end  # noqa: F401
+from .small_backward_cbam2 import channel_backward  # noqa: F401
+from .small_cbam2 import channel_mask  # noqa: F401
+from .spatial_cbam2 import SpatialAttn  # noqa: F401
+from .twins_cbam2 import entrypoint_arguments  # noqa: F401
+
 __all__ = ["Cbam2Config", "architectures", "entrypoint"]
 
 # As remote code these modules are no package's attributes, and timm's registry may hold another copy of them.

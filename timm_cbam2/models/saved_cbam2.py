@@ -23,7 +23,11 @@ _OF_THE_CALL = {"cache_dir", "device", "dtype", "pretrained_cfg", "pretrained_cf
 
 
 def input_channels(model: nn.Module) -> int:
-    """The number of channels that a model of images takes."""
+    """The number of channels that a model of images takes.
+
+    Raises:
+        ValueError: its `pretrained_cfg` names a first convolution that it does not have.
+    """
     if getattr(model, "in_chans", None):
         return model.in_chans
     cfg = getattr(model, "pretrained_cfg", None)
@@ -32,7 +36,11 @@ def input_channels(model: nn.Module) -> int:
     first = cfg.get("first_conv")
     if not first:
         return cfg["input_size"][0]
-    return model.get_submodule(first if isinstance(first, str) else first[0]).in_channels
+    name = first[0] if isinstance(first, (list, tuple)) else first
+    layer = next((module for found, module in model.named_modules() if found == name), None)
+    if not hasattr(layer, "in_channels"):
+        raise ValueError(f"first_conv={first!r} in pretrained_cfg is no convolution of {type(model).__name__}.")
+    return layer.in_channels
 
 
 def overlay_of_folder(folder: Any) -> Dict[str, Any]:

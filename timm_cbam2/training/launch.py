@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import warnings
 from contextlib import contextmanager
@@ -183,8 +184,8 @@ def slow_precision(accelerator: Any) -> list[str]:
 
     if accelerator.device.type != "cpu" or accelerator.mixed_precision != "bf16":
         return []
-    can = torch.cpu.get_capabilities()
-    if can.get("architecture") != "x86_64" or can.get("avx512_bw") or can.get("avx_ne_convert"):
+    asked = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
+    if not asked or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return []
     return [
         "bf16 on a CPU without AVX-512 is computed in software (a resnet20_cbam2 took nine times as long with it): "
