@@ -28,12 +28,16 @@ def test_gradient_checkpointing(saved, images):
     for enable in (False, True):
         model = AutoModelForImageClassification.from_pretrained(saved[0]).train()
         if enable:
-            model.gradient_checkpointing_enable()
+            # Its name since transformers 5.23 or so, and before.
+            getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
             assert model.timm_model.stages[0].grad_checkpointing if "convnext" in model.config.architecture else True
         model(images, labels=torch.tensor([0, 1, 2])).loss.backward()
         gradients.append([p.grad for p in model.parameters()])
     for plain, checkpointed in zip(*gradients):
         torch.testing.assert_close(plain, checkpointed)
+    if hasattr(model, "activation_checkpointing_enable"):
+        with pytest.raises(ValueError, match="every_n_layers=2 is not allowed"):
+            model.activation_checkpointing_enable(every_n_layers=2)
 
 
 def test_dtype_and_device_map(saved, images, tmp_path):

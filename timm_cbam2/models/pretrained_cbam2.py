@@ -149,7 +149,11 @@ class Cbam2PreTrainedModel(PreTrainedModel):
         state_dict = {key if key.startswith(prefix) else prefix + key: value for key, value in state_dict.items()}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, **kwargs: Any) -> None:
+    def _set_gradient_checkpointing(self, enable: bool = True, every_n_layers: int = 1, **kwargs: Any) -> None:
+        if enable and every_n_layers != 1:
+            raise ValueError(
+                f"every_n_layers={every_n_layers} is not allowed: timm checkpoints every block; leave it out."
+            )
         self.timm_model.set_grad_checkpointing(enable)
 
     def get_input_embeddings(self) -> None:

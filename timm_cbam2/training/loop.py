@@ -247,6 +247,7 @@ class Run:
         loader.set_epoch(at.epoch)
         if at.batch:
             loader = accelerator.skip_first_batches(loader, at.batch)
+            loader.set_epoch(at.epoch)  # which older versions of Accelerate forget
         yield from kept_quiet(loader)
 
     def _updated(self) -> None:

@@ -16,7 +16,6 @@ import typer
 from timm_cbam2.errors import UserError, one_line, require, run_commands
 from timm_cbam2.hub.zoo import resolve
 from timm_cbam2.seeing.page.layout import EMBEDDED, build
-from timm_cbam2.seeing.page.panels import STYLE
 from timm_cbam2.seeing.page.served import MAX_BYTES
 from timm_cbam2.terminal import say
 
@@ -43,11 +42,7 @@ def app(
     resolve(name)
     host = host or os.environ.get("GRADIO_SERVER_NAME") or default_host
     _check_host(host)
-    page = build(name)
-    import gradio as gr
-
-    # gradio's own fonts would be fetched from elsewhere
-    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    page, looks = build(name)
     try:
         page.launch(
             server_name=host,
@@ -57,11 +52,9 @@ def app(
             ssr_mode=False,
             max_file_size=MAX_BYTES,
             state_session_capacity=100,
-            theme=theme,
-            css=STYLE,
-            footer_links=[],
             quiet=True,
             prevent_thread_lock=True,
+            **looks,
         )
     except OSError as error:
         raise UserError(f"{one_line(error, 200)}: give another --port or --host") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from ...errors import UserError, one_line
 from ..attention_picture import shown_blocks
 from ..views import Explanation
-from .panels import message, panels, write_files
+from .panels import STYLE, message, panels, write_files
 from .search import ZooSearch
 from .served import Models, check_image
 
@@ -21,12 +22,21 @@ EMBEDDED = "resnet20_cbam2"
 NO_MODEL = "(none)"
 HINT = "What the model answers, and what it attends to, is shown here as soon as there is a picture."
 EXAMPLES = Path(__file__).parents[2] / "examples"
-# Whoever presses twice gets one answer at a time, and in the end that to what was asked last.
-CALM: dict[str, Any] = dict(trigger_mode="always_last", api_visibility="private")
 
 
-def build(model: str) -> Any:
-    """The page as a `gradio.Blocks`, ready to launch.
+def _since_6() -> bool:
+    """Whether gradio is one that takes the looks of a page where it is launched, and calls what is private so."""
+    return int(version("gradio").partition(".")[0]) >= 6
+
+
+def _calm() -> dict[str, Any]:
+    """Whoever presses twice gets one answer at a time, and in the end that to what was asked last."""
+    private: dict[str, Any] = dict(api_visibility="private") if _since_6() else dict(api_name=False)
+    return dict(trigger_mode="always_last", **private)
+
+
+def build(model: str) -> tuple[Any, dict[str, Any]]:
+    """The page as a `gradio.Blocks`, and the arguments of its `launch` that make it look as it should.
 
     Args:
         model: shown at first; beside it visitors may choose the embedded one, registered names, and hf-hub: ids.
@@ -41,7 +51,11 @@ def build(model: str) -> Any:
     models = Models([model, EMBEDDED])
     examples = sorted(EXAMPLES.glob("*.jpg"))
     models.explain(model, str(examples[0]))  # a model that cannot be shown is said before the page is there
-    with gr.Blocks(title="timm_cbam2", analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+    # gradio's own fonts would be fetched from elsewhere
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    looks: dict[str, Any] = dict(theme=theme, css=STYLE)
+    made, launched = ({}, {**looks, "footer_links": []}) if _since_6() else (looks, {"show_api": False})
+    with gr.Blocks(title="timm_cbam2", analytics_enabled=False, delete_cache=(3600, 3600), **made) as page:
         gr.Markdown("# What does it attend to?\nCBAM2 models: drop a picture in, or take an example.")
         with gr.Tab("Look"), gr.Row():
             asked = _question(gr, models, model, examples)
@@ -49,7 +63,7 @@ def build(model: str) -> Any:
         with gr.Tab("Zoo") as zoo_tab:
             _zoo(gr, zoo_tab)
         _wire(gr, models, asked, shown)
-    return page
+    return page, launched
 
 
 def _question(gr: Any, models: Models, model: str, examples: list[Path]) -> SimpleNamespace:
@@ -106,7 +120,7 @@ def _zoo(gr: Any, tab: Any) -> None:
         yield from zoo(words)
 
     # A search ends the listing of all models, which takes long, and waits for no one else's.
-    at_once: dict[str, Any] = dict(show_progress="minimal", concurrency_limit=None, **CALM)
+    at_once: dict[str, Any] = dict(show_progress="minimal", concurrency_limit=None, **_calm())
     listing = tab.select(find, search, grid, **at_once)
     search.change(find, search, grid, cancels=[listing], **at_once)
 
@@ -146,7 +160,7 @@ def _wire(gr: Any, models: Models, asked: SimpleNamespace, shown: SimpleNamespac
 
     inputs = [asked.image, asked.first, asked.other, shown.stage, shown.every]
     triggers = [asked.button.click, asked.image.change, asked.first.change, asked.other.change]
-    gr.on(triggers, look, inputs, [asked.image, *shown.outputs], **CALM)
+    gr.on(triggers, look, inputs, [asked.image, *shown.outputs], **_calm())
     triggers = [shown.stage.input, shown.every.input]
     gr.on(
         triggers,
@@ -154,7 +168,7 @@ def _wire(gr: Any, models: Models, asked: SimpleNamespace, shown: SimpleNamespac
         inputs=[shown.state, shown.stage, shown.every],
         outputs=[shown.stage, *shown.panels],
         show_progress="hidden",
-        **CALM,
+        **_calm(),
     )
 
 
