@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY
     from .insertion.remove import remove
     from .insertion.saved import load_inserted
     from .kernels.cpu import disable_cpu_kernel, enable_cpu_kernel
+    from .kernels.triton import disable_triton_kernel, enable_triton_kernel
     from .seeing.explain import explain
     from .training.optimise import freeze
 
@@ -56,7 +57,9 @@ __all__ = [
     "ResNetCbam2",
     "SpatialAttn",
     "disable_cpu_kernel",
+    "disable_triton_kernel",
     "enable_cpu_kernel",
+    "enable_triton_kernel",
     "explain",
     "freeze",
     "insert",
@@ -71,7 +74,9 @@ __all__ = [
 # Not needed to build a model, so not imported with it.
 _LAZY = {
     "disable_cpu_kernel": ".kernels.cpu",
+    "disable_triton_kernel": ".kernels.triton",
     "enable_cpu_kernel": ".kernels.cpu",
+    "enable_triton_kernel": ".kernels.triton",
     "explain": ".seeing.explain",
     "freeze": ".training.optimise",
     "insert": ".insertion.insert",
@@ -110,8 +115,9 @@ AutoImageProcessor.register(
     image_processor_classes=dict.fromkeys(("torchvision", "pil"), TimmWrapperImageProcessor),
     exist_ok=True,
 )
-if os.environ.get("TIMM_CBAM2_CPU_KERNEL") == "1":
-    try:
-        import_module(".kernels.cpu", __name__).enable_cpu_kernel()
-    except RuntimeError as error:
-        warnings.warn(str(error), stacklevel=2)
+for _name in ("cpu", "triton"):
+    if os.environ.get(f"TIMM_CBAM2_{_name.upper()}_KERNEL") == "1":
+        try:
+            getattr(import_module(f".kernels.{_name}", __name__), f"enable_{_name}_kernel")()
+        except RuntimeError as error:
+            warnings.warn(str(error), stacklevel=2)

@@ -69,7 +69,7 @@ def test_the_tables_and_the_chart(result):
     out, folder = result
     assert f"torch {torch.__version__}" in out and "1 thread" in out and "2 rounds after" in out
     assert out.count("test_resnet_cbam2 over test_resnet, 2 x 3 x") == 2
-    for variant in variants_of("test_resnet_cbam2", False):
+    for variant in variants_of(setup("test_resnet_cbam2", 32)):
         assert out.count(f"| {variant.label} ") >= 3  # in two sizes, and over the sizes
     assert "ms per image and megapixel" in out and "| 32 px | 64 px |" in out
     assert "GB/s copying" in out and out.count("| all blocks ") == 4
@@ -119,7 +119,7 @@ def test_what_runs_is_what_it_is_called(name):
     kinds = {None: None, "se": "SEModule", "eca": "EcaModule", "cbam": "CbamModule", "cbam2": "Cbam2"}
     logits = {}
     sized = setup(name, 64)  # smaller ones end in a single position, where average and maximum are equal
-    for variant in variants_of(name, False):
+    for variant in variants_of(sized):
         network = build(sized, variant)
         found = {type(m).__name__ for m in network.modules()} & {*kinds.values()}
         assert found == ({kinds[variant.attention]} - {None}), variant

@@ -71,9 +71,9 @@ class Part:
 
 PARTS = {
     "box": Part("what this machine is, and how fast it copies and multiplies", "speed.box", 60),
-    "block": Part("the block against float64 on the CPU: dtypes, layouts, both passes", "correctness.block", 90),
-    "networks": Part("whole networks against float64 on the CPU", "correctness.networks", 90),
-    "guards": Part("fp16 at 1e4, determinism, no waiting for the device, CUDA graphs", "guards.guards", 60),
+    "block": Part("the block against float64 on the CPU: dtypes, layouts, both passes", "correctness.block", 150),
+    "networks": Part("whole networks against float64 on the CPU", "correctness.networks", 120),
+    "guards": Part("fp16 at 1e4, determinism, no waiting for the device, CUDA graphs", "guards.guards", 90),
     "compiled": Part("torch.compile, default and max-autotune-no-cudagraphs", "guards.compiled", 150),
     "speed": Part("time and memory beside plain, SE, ECA and CBAM, in turn", "speed.speed", 330),
     "loop": Part("finetune with AMP; killed and resumed, how far off", "loop.loop", 150),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import timm
@@ -12,11 +13,12 @@ from reference import reference
 from torch import Tensor, nn
 
 import timm_cbam2  # noqa: F401  (registers the models)
+from timm_cbam2.kernels.triton import serves, triton_kernel
 from timm_cbam2.models.cbam2 import Cbam2, resolve_options
 
 from . import Place
 
-__all__ = ["block", "distance", "networks", "use_full_precision"]
+__all__ = ["block", "distance", "kernels", "networks", "use_full_precision"]
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "registered": dict(gate="unit_sigmoid"),
@@ -30,6 +32,11 @@ LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channel
 # Of a whole network: less than this is no fault, however good the plain network is.
 FLOORS = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 BOUNDS = {"fp64": (1e-9, 1e-7), "fp32": (1e-4, 1e-3), "bf16": (3e-2, 0.2), "fp16": (5e-3, 0.1)}
+
+
+def kernels(place: Place) -> tuple[bool, ...]:
+    """Whether blocks run by Triton, in turn."""
+    return (False, True) if place.cuda else (False,)
 
 
 def use_full_precision() -> None:
@@ -62,11 +69,17 @@ def block(place: Place) -> None:
             layer = randomise(Cbam2(shape[1], **OPTIONS[name]))
             x, weight = torch.randn(shape), torch.randn(shape)
             for dtype in DTYPES:
-                for layout in LAYOUTS:
-                    _one_block(place, name, layer, x, weight, dtype, layout)
+                for layout, triton in itertools.product(LAYOUTS, kernels(place)):
+                    with triton_kernel(triton):
+                        _one_block(place, name, layer, x, weight, dtype, layout, triton)
+    if place.cuda:
+        for name, dtype in DTYPES.items():
+            place.say(what="the Triton kernel agrees with torch", dtype=name, ok=serves(place.device, dtype))
 
 
-def _one_block(place: Place, name: str, layer: nn.Module, x: Tensor, weight: Tensor, dtype: str, layout: str) -> None:
+def _one_block(
+    place: Place, name: str, layer: nn.Module, x: Tensor, weight: Tensor, dtype: str, layout: str, triton: bool
+) -> None:
     """The layer in one precision and layout, against the formulas in float64 with the same rounded numbers."""
     rounded = copy.deepcopy(layer).to(DTYPES[dtype])
     x = x.to(DTYPES[dtype])
@@ -80,7 +93,7 @@ def _one_block(place: Place, name: str, layer: nn.Module, x: Tensor, weight: Ten
     weight = weight.to(place.device, torch.float64 if double else torch.float32)
     found = _passes(there, put, list(there.parameters()), weight)
     kept = found[0].is_contiguous(memory_format=LAYOUTS[layout])
-    row = dict(options=name, shape=list(x.shape), dtype=dtype, layout=layout, keeps_layout=kept)
+    row = dict(options=name, shape=list(x.shape), dtype=dtype, layout=layout, keeps_layout=kept, triton=triton)
     bounds = (BOUNDS[dtype][0], *BOUNDS[dtype][1:] * 2)
     for what, one, other, bound in zip(("output", "gradient of x", "gradient of weights"), found, true, bounds):
         place.check(distance(one, other), bound, what=what, **row)
@@ -99,10 +112,11 @@ def networks(place: Place) -> None:
             if twin:
                 plain: dict[tuple, float] = {}
             for dtype in ("fp32", "bf16", "fp16"):
-                for layout in LAYOUTS:
+                for layout, triton in itertools.product(LAYOUTS, (False,) if twin else kernels(place)):
                     there = copy.deepcopy(network).to(place.device, memory_format=LAYOUTS[layout])
                     put = x.to(place.device).contiguous(memory_format=LAYOUTS[layout])
-                    found = _passes_of(there, put, weight.to(place.device), dtype)
+                    with triton_kernel(triton):
+                        found = _passes_of(there, put, weight.to(place.device), dtype)
                     for what, one, other in zip(("logits", "gradient"), found, true):
                         error, key = distance(one, other), (dtype, layout, what)
                         row = dict(model=name, attention="none" if twin else "cbam2", dtype=dtype, layout=layout)
@@ -111,7 +125,7 @@ def networks(place: Place) -> None:
                             place.say(**row, what=what, error=error)
                         else:
                             bound = max(4 * plain[key], FLOORS[dtype])
-                            place.check(error, bound, **row, what=what, plain=plain[key])
+                            place.check(error, bound, **row, what=what, plain=plain[key], triton=triton)
 
 
 def _passes_of(network: nn.Module, x: Tensor, weight: Tensor, dtype: str | None) -> tuple[Tensor, Tensor]:

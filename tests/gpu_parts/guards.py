@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any, Callable
 
@@ -11,10 +12,11 @@ from randomise import randomise
 from torch import Tensor, nn
 
 import timm_cbam2  # noqa: F401  (registers the models)
+from timm_cbam2.kernels.triton import triton_kernel
 from timm_cbam2.models.cbam2 import Cbam2
 
 from . import Place
-from .correctness import distance, use_full_precision
+from .correctness import distance, kernels, use_full_precision
 
 __all__ = ["compiled", "guards"]
 
@@ -24,12 +26,15 @@ MODES = ("default", "max-autotune-no-cudagraphs")
 def guards(place: Place) -> None:
     use_full_precision()
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # which deterministic matrix products ask for
-    _large_values(place)
+    for triton in kernels(place):
+        with triton_kernel(triton):
+            _large_values(place, triton)
     for name in _names(place):
         network, x, labels = _network(place, name)
-        for check in (_determinism, *((_no_waiting, _graphs) if place.cuda else ())):
-            with place.going_on(what=check.__name__, model=name):
-                check(place, name, network, x, labels)
+        checks = (_determinism, *((_no_waiting, _graphs) if place.cuda else ()))
+        for check, triton in itertools.product(checks, kernels(place)):
+            with place.going_on(what=check.__name__, model=name, triton=triton), triton_kernel(triton):
+                check(place, f"{name}, Triton" if triton else name, network, x, labels)
     if not place.cuda:
         place.say(what="no waiting for the device, CUDA graphs", skipped="not on a CPU")
 
@@ -57,7 +62,7 @@ def _gradient(network: nn.Module) -> Tensor:
     return torch.cat([p.grad.detach().flatten() for p in network.parameters()])
 
 
-def _large_values(place: Place) -> None:
+def _large_values(place: Place, triton: bool) -> None:
     """fp16 reaches 65,504: sums of 1e4 over positions do not fit, whatever fits in the end must."""
     torch.manual_seed(0)
     layer = randomise(Cbam2(64, gate="unit_sigmoid")).to(place.device, torch.float16)
@@ -71,8 +76,8 @@ def _large_values(place: Place) -> None:
     true += torch.autograd.grad((true[0] * weight.double()).sum(), [exact, *layer.parameters()])
     for what, one, other in (("output", found[:1], true[:1]), ("gradients", found[1:], true[1:])):
         lost = sum(int((~f.isfinite() & (t.abs() < 6e4)).sum()) for f, t in zip(one, other))
-        place.check(float(lost), 0, what=f"fp16 at 1e4: {what} that fit and are not finite")
-    place.check(distance(found[0], true[0]), 1e-2, what="fp16 at 1e4: output")
+        place.check(float(lost), 0, what=f"fp16 at 1e4: {what} that fit and are not finite", triton=triton)
+    place.check(distance(found[0], true[0]), 1e-2, what="fp16 at 1e4: output", triton=triton)
 
 
 def _determinism(place: Place, name: str, network: nn.Module, x: Tensor, labels: Tensor) -> None:

@@ -9,14 +9,13 @@ from typing import Any, Callable
 import torch
 
 import timm_cbam2  # noqa: F401  (registers the models)
-from timm_cbam2.evidence.benchmark.networks import VARIANTS, Setup, build, make_step
+from timm_cbam2.evidence.benchmark.networks import Setup, build, make_step, variants_of
 from timm_cbam2.evidence.benchmark.timing import bandwidth, machine, quartiles, time_in_turn
 
 from . import Place
 
 __all__ = ["box", "speed"]
 
-# Once the block has a Triton kernel, the variant is among them by that name.
 EAGER = ("plain", "se", "eca", "cbam", "cbam2", "cbam2_triton")
 COMPILED = ("plain_compiled", "se_compiled", "cbam2_compiled")
 
@@ -57,9 +56,8 @@ def speed(place: Place) -> None:
 
 
 def _measure(place: Place, setup: Setup, training: bool, names: tuple[str, ...]) -> None:
-    has_slot = setup.model.startswith(("resnet", "test_resnet"))
-    chosen = [VARIANTS[n] for n in names if n in VARIANTS]
-    chosen = [v for v in chosen if has_slot or v.attention in (None, "cbam2")]
+    there = variants_of(setup, compiled=True)  # Triton's is not on a CPU, nor where it is refused
+    chosen = [v for v in there if v.key in names]
     steps: dict[str, Callable[[], Any]] = {}
     memory: dict[str, float | None] = {}
     for variant in chosen:

@@ -34,6 +34,7 @@ def doctor() -> None:
     broken = _packages(advice)
     _devices(advice)
     _kernel(advice)
+    _triton()
     _hub(advice)
     say("", *(f"to do: {line}" for line in advice) if advice else ["nothing to do"])
     if broken:
@@ -116,6 +117,14 @@ def _kernel(advice: list[str]) -> None:
     if now["built"] or now["can_build"]:
         wait = "" if now["built"] else ", after a minute or two once"
         advice.append(f"TIMM_CBAM2_CPU_KERNEL=1 in front of a command speeds up training on CPUs{wait}")
+
+
+def _triton() -> None:
+    """The kernel of the blocks on GPUs, where there is one."""
+    if torch.cuda.is_available():
+        found = status()
+        there = f"Triton {found['triton']}" if found["triton"] else "no Triton here"
+        say(f"Triton kernel: {'on' if found['triton_in_use'] else 'off'}; {there}")
 
 
 def _hub(advice: list[str]) -> None:

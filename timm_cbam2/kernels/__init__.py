@@ -1,7 +1,8 @@
 """Compiled passes of the block: faster ways to compute what `models/` computes in plain torch.
 
 A kernel registers itself with `models/passes_cbam2`, which works without any; it gives the same values to rounding.
-Everything may change here but the two names that switch it, `enable_cpu_kernel` and `disable_cpu_kernel`.
+Everything may change here but the names that switch them: `enable_cpu_kernel`, `disable_cpu_kernel`,
+`enable_triton_kernel` and `disable_triton_kernel`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,14 @@ def compile_now() -> Path:
 
 
 def status() -> dict[str, Any]:
-    """How things stand with the CPU kernel on this machine, without building anything.
+    """How things stand with the kernels on this machine, without building anything.
 
     Returns:
-        `in_use`: whether it serves this process; `built`: whether later uses start at once; `can_build`: whether a C++
-        compiler and ninja are there; `library`: its place; `compiler`, `ninja`: where they are, or None.
+        Of the CPU kernel, `in_use`: whether it serves this process; `built`: whether later uses start at once;
+        `can_build`: whether a C++ compiler and ninja are there; `library`: its place; `compiler`, `ninja`: where they
+        are, or None. Of the kernel for GPUs, `triton_in_use`: whether it is switched on in this process, and `triton`:
+        the version of Triton, or None.
     """
-    from .cpu import state
+    from . import cpu, triton
 
-    return state()
+    return {**cpu.state(), **triton.state()}

@@ -39,15 +39,17 @@ def _is_bare(module: Optional[nn.Module], *kinds: type) -> bool:
 
 
 @functools.lru_cache(32)
-def _constants(channels: int, dtype: torch.dtype, inference: bool) -> Tuple[torch.Tensor, torch.Tensor]:
-    zeros = torch.zeros(1, channels, 1, 1, dtype=dtype)
+def _constants(
+    channels: int, dtype: torch.dtype, device: torch.device, inference: bool
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    zeros = torch.zeros(1, channels, 1, 1, dtype=dtype, device=device)
     return zeros, zeros + 1
 
 
 def eval_affine(norm: nn.Module) -> Affine:
     """What a BatchNorm in evaluation multiplies by and adds, bit for bit: asked of torch's own with ones and zeros."""
     weight, bias, mean, variance = norm.weight, norm.bias, norm.running_mean, norm.running_var
-    zeros, ones = _constants(len(weight), weight.dtype, torch.is_inference_mode_enabled())
+    zeros, ones = _constants(len(weight), weight.dtype, weight.device, torch.is_inference_mode_enabled())
     scale = torch.batch_norm(ones, weight, None, zeros.view(-1), variance, False, 0.0, norm.eps, False)
     shift = torch.batch_norm(zeros, weight, bias, mean, variance, False, 0.0, norm.eps, False)
     return Affine(scale.view(-1), shift.view(-1))
@@ -75,18 +77,26 @@ def _rounds_as_addcmul(dtype: torch.dtype) -> bool:
     return True
 
 
+def _rounds_as_norm(z: torch.Tensor) -> bool:
+    """Whether the passes do what BatchNorm does on this device, bit for bit."""
+    kernel = registered(z.device.type)
+    if z.device.type == "cpu":
+        # In half precision torch's own passes are slower than BatchNorm itself.
+        return (z.dtype == compute_dtype(z) or kernel is not None) and _rounds_as_addcmul(z.dtype)
+    folds = getattr(kernel, "folds", None)
+    return folds is not None and folds(z)
+
+
 def _folds(norm: nn.Module, z: torch.Tensor) -> bool:
     """Whether the fused passes may do what this BatchNorm does."""
     own = norm._parameters
     return (
-        z.device.type == "cpu"
-        and own.get("weight") is not None
+        own.get("weight") is not None
         and own.get("bias") is not None
         and not (own["weight"]._backward_hooks or own["bias"]._backward_hooks)
         and norm.running_mean is not None
         and own["weight"].dtype == norm.running_mean.dtype == compute_dtype(z)
-        and (z.dtype == compute_dtype(z) or registered("cpu") is not None)  # else slower than BatchNorm itself
-        and _rounds_as_addcmul(z.dtype)
+        and _rounds_as_norm(z)
     )
 
 

@@ -94,7 +94,7 @@ def _measure(setup: Setup, kinds: Sequence[str], rounds: int, extra: dict[str, b
     """One case of `benchmark.json`: every variant of one model at one size."""
     if extra["compiled"]:
         torch.compiler.reset()  # each size is compiled as if it were the only one
-    variants = variants_of(setup.model, **extra)
+    variants = variants_of(setup, **extra)
     networks = {variant.key: build(setup, variant) for variant in variants}
     found = {
         variant.key: {

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...kernels.cpu import cpu_kernel
+from ...kernels.triton import serves, triton_kernel
 
 __all__ = ["DTYPES", "Setup", "VARIANTS", "Variant", "build", "macs", "make_step", "randomise", "variants_of"]
 
@@ -32,6 +33,7 @@ class Variant:
     reparameterized: bool = False
     compiled: bool = False
     kernel: bool = False  # `enable_cpu_kernel`
+    triton: bool = False  # `enable_triton_kernel`
 
     @property
     def baseline(self) -> str:
@@ -56,6 +58,7 @@ VARIANTS = {
             reparameterized=True,
             kernel=True,
         ),
+        Variant("cbam2_triton", "CBAM2, Triton kernel", "cbam2", triton=True),
         Variant("plain_compiled", "plain, compiled", compiled=True),
         Variant("se_compiled", "SE (timm), compiled", "se", compiled=True),
         Variant("cbam2_compiled", "CBAM2, compiled", "cbam2", compiled=True),
@@ -84,11 +87,12 @@ class Setup:
         return self.model.removesuffix("_cbam2")
 
 
-def variants_of(model: str, compiled: bool = False, kernel: bool = False) -> list[Variant]:
-    """The variants that `model` has: only ResNets have a slot for timm's attention layers."""
-    has_slot = is_model_in_modules(model, ["resnet_cbam2"])
+def variants_of(setup: Setup, compiled: bool = False, kernel: bool = False) -> list[Variant]:
+    """The variants that the model has: only ResNets have a slot for timm's attention layers, and Triton is for GPUs."""
+    has_slot = is_model_in_modules(setup.model, ["resnet_cbam2"])
+    triton = serves(setup.device, DTYPES[setup.dtype] or torch.float32)
     chosen = [v for v in VARIANTS.values() if has_slot or v.attention in (None, "cbam2")]
-    return [v for v in chosen if (compiled or not v.compiled) and (kernel or not v.kernel)]
+    return [v for v in chosen if (compiled or not v.compiled) and (kernel or not v.kernel) and (triton or not v.triton)]
 
 
 def build(setup: Setup, variant: Variant) -> nn.Module:
@@ -135,13 +139,13 @@ def make_step(setup: Setup, variant: Variant, network: nn.Module, training: bool
 
     def inference() -> Tensor:
         network.eval()
-        with torch.no_grad(), autocast(), cpu_kernel(variant.kernel):
+        with torch.no_grad(), autocast(), cpu_kernel(variant.kernel), triton_kernel(variant.triton):
             return forward(images)
 
     def train() -> Tensor:
         network.train()
         network.zero_grad(set_to_none=True)
-        with cpu_kernel(variant.kernel):
+        with cpu_kernel(variant.kernel), triton_kernel(variant.triton):
             with autocast():
                 logits = forward(images)
                 loss = F.cross_entropy(logits, labels)
