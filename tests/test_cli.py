@@ -31,8 +31,28 @@ for name in ("finetune", "ablation", "cli"):
     assert done.code == 0 and done.out.count("Usage: ") == 3 and done.err == "", done
 
 
-def test_output_is_o_for_short_in_every_command(run):
-    """All in one process would not see what typer makes of each: two commands whose source does not say so."""
+OUTPUT_OPTIONS = """
+import json, sys, typer, typer.main
+
+def options(app, **_):
+    found = {}
+    for name, command in typer.main.get_command(app).commands.items():
+        context = command.make_context(name, [], resilient_parsing=True)
+        found[name] = [o for p in command.get_params(context) if "--output" in p.opts for o in p.opts]
+    print(json.dumps(found))
+
+typer.Typer.__call__ = options
+from timm_cbam2.cli import main
+main()
+"""
+
+
+def test_output_is_o_for_short_in_every_command(script, run, environment):
+    """In all that there are, as the parser has them; and in what two say of themselves."""
+    found = json.loads(script(OUTPUT_OPTIONS, env=environment).out)
+    assert found.keys() > {"finetune", "export", "explain", "models"}
+    taking = {verb: options for verb, options in found.items() if options}
+    assert len(taking) > 5 and found["models"] == [] and all("-o" in options for options in taking.values()), found
     for verb in ("export", "evaluate"):
         assert "-o, --output" in run(verb, "--help").out or "--output, -o" in run(verb, "--help").out, verb
 

@@ -27,8 +27,8 @@ class TritonPasses:
     """What `TorchPasses` is."""
 
     kernel = None  # the small networks are torch's
+    learns = False  # knows no learned maps: such blocks are torch's
     convolve = None
-    whole = None
     again: Any
 
     def __init__(self, x: Tensor, affine: Affine | None = None, owned: bool = False) -> None:
