@@ -17,10 +17,11 @@ import torch.nn as nn
 from timm.layers import register_notrace_module
 
 from .channel_cbam2 import ChannelAttn
+from .compiled_cbam2 import apply_masks, is_compiled, maps_of
 from .decisions_cbam2 import statistics_kept
 from .fused_cbam2 import can_fuse, fused, fused_without_grad, needs_gradient
 from .options_cbam2 import complete_options
-from .parts_cbam2 import as_one_node, is_traced
+from .parts_cbam2 import as_one_node, has_hooks, is_traced, no_autocast
 from .residual_cbam2 import branch_end
 from .spatial_cbam2 import SpatialAttn
 
@@ -155,6 +156,12 @@ class Cbam2(nn.Module):
         if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != channels):
             raise ValueError(f"Features of shape {tuple(x.shape)} do not fit; give x as (B, {channels}, H, W).")
         if not return_attention:
+            if (
+                is_compiled()
+                and self.spatial.learned is None
+                and not (has_hooks(self.channel) or has_hooks(self.spatial))
+            ):
+                return _end(self._compiled(x), shortcut, act)
             if not can_fuse(self, x):
                 return _end(self.spatial(self.channel(x)), shortcut, act)
             if shortcut is not None:
@@ -163,6 +170,13 @@ class Cbam2(nn.Module):
         y, channel_mask, fusion_weights = self.channel(x, return_attention=True)
         out, spatial_mask, router_weights = self.spatial(y, return_attention=True)
         return _end(out, shortcut, act), CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)
+
+    def _compiled(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for torch.compile: both masks at once."""
+        with no_autocast(x):
+            ca, _ = self.channel.attend(x)
+            sa, _ = self.spatial.decide(maps_of(x, ca), x.dtype)
+            return apply_masks(x, ca, sa)
 
 
 def _end(y: torch.Tensor, shortcut: Optional[torch.Tensor], act: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch.nn as nn
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 
+from .compiled_cbam2 import is_compiled, normalised
 from .fused_cbam2 import can_fuse, fused, fused_without_grad, needs_gradient, train_affine
 from .parts_cbam2 import compute_dtype, has_hooks, is_traced
 from .passes_cbam2 import Affine, End, registered
@@ -24,6 +25,8 @@ __all__ = ["BasicBlockCbam2", "BottleneckCbam2", "branch_end", "owns_end"]
 
 def owns_end(attn: Optional[nn.Module], x: torch.Tensor) -> bool:
     """Whether `branch_end` serves a residual block with this attention and input."""
+    if torch.compiler.is_dynamo_compiling():
+        return attn is not None and is_compiled()
     return (
         attn is not None
         and not is_traced(x)
@@ -123,6 +126,8 @@ def branch_end(
         norm: None for none, as for gamma (C,), drop_path and act.
         fresh: Nobody else holds z, so that it may be overwritten where nothing needs a gradient.
     """
+    if is_compiled():
+        return _steps(attn(normalised(norm, z)), shortcut, gamma, drop_path, act)
     folds = _is_bare(norm, nn.BatchNorm2d) and _folds(norm, z)
     if norm is not None and not folds:
         z, fresh, norm = norm(z), _is_bare(norm, nn.BatchNorm2d), None
@@ -130,7 +135,7 @@ def branch_end(
     fits = z.dtype == shortcut.dtype and z.shape == shortcut.shape and type(shortcut) is torch.Tensor
     fits = fits and (gamma is None or gamma.dtype == z.dtype)
     if not (fits and _is_bare(drop_path, DropPath, nn.Identity, type(None)) and (trains or not _drops(drop_path))):
-        return _one_by_one(attn, z if norm is None else norm(z), shortcut, gamma, drop_path, act)
+        return _steps(attn.forward(z if norm is None else norm(z)), shortcut, gamma, drop_path, act)
     relu = _is_bare(act, nn.ReLU)
     if trains:
         if norm is not None and not (norm.training and norm.momentum is not None and z.numel() > z.shape[1]):
@@ -149,15 +154,14 @@ def branch_end(
     return out if relu or act is None else act(out)
 
 
-def _one_by_one(
-    attn: nn.Module,
+def _steps(
     x: torch.Tensor,
     shortcut: torch.Tensor,
     gamma: Optional[torch.Tensor],
     drop_path: Optional[nn.Module],
     act: Optional[nn.Module],
 ) -> torch.Tensor:
-    x = attn.forward(x)
+    """What follows the attention, one by one."""
     x = x if gamma is None else x.mul(gamma.reshape(1, -1, 1, 1))
     x = (x if drop_path is None else drop_path(x)) + shortcut
     return x if act is None else act(x)

@@ -216,11 +216,16 @@ class SpatialAttn(nn.Module):
         maps = torch.cat([mean_in(y, [1], dtype, True), as_dtype(y.amax(1, keepdim=True), dtype)], 1)
         if self.learned is not None:
             maps = torch.cat([maps, self.learned(y, dtype)], 1)
+        return self.decide(maps, y.dtype)
+
+    def decide(self, maps: torch.Tensor, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The mask (B, 1, H, W) in `dtype` and the router weights, see `attend`, of all maps but coordinates
+        (B, 2 + P, H, W)."""
         if not torch.jit.is_scripting() and self.is_watched():
             mask, weights = self.mix(self.call_branches(maps), self.route(maps))
         else:
-            mask, weights = self.mask_of(maps, *self.prepare(y.shape[2], y.shape[3], dtype))
-        return as_dtype(mask, y.dtype)[:, None], weights
+            mask, weights = self.mask_of(maps, *self.prepare(maps.shape[2], maps.shape[3], maps.dtype))
+        return as_dtype(mask, dtype)[:, None], weights
 
     def forward(self, y: torch.Tensor, return_attention: bool = False) -> torch.Tensor:
         """
