@@ -36,30 +36,27 @@ inline acc_t<T> masked(const Backward<T>& f, int64_t at) {
 // What one position after the other takes of each channel, behind the sums that it adds to.
 enum OfChannel { mask = columns_normed, top, factor, scale, shift, mean, kinds_of_channel };
 
-// `count` positions from o on, whose channels lie side by side: sums by channel are read and written once for them all.
-template <typename T, bool normed, bool masks, int64_t count>
-void products_of_places(const Backward<T>& f, int64_t b, int64_t o, Blocks<acc_t<T>, kinds_of_channel>& blocks,
-                        acc_t<T>* rows, acc_t<T>* row_ties) {
+// One position, whose channels lie side by side. Several at once would read and write the sums less often, and were
+// slower nevertheless.
+template <typename T, bool normed, bool masks>
+void products_of_place(const Backward<T>& f, int64_t b, int64_t o, Blocks<acc_t<T>, kinds_of_channel>& blocks,
+                       acc_t<T>* rows, acc_t<T>* row_ties) {
   using A = acc_t<T>;
-  const int64_t n = f.s.inner, first = b * f.s.outer + o;
-  const A *sa = f.sa + first, *top_p = f.top_p + first;
-  A totals[count][lanes] = {}, equals[count][lanes] = {};
+  const int64_t n = f.s.inner, place = b * f.s.outer + o;
+  const A sa = f.sa[place], top_p = f.top_p[place];
+  A totals[lanes] = {}, equals[lanes] = {};
   in_lanes(n, [&](int64_t i, int64_t l) {
-    A sums[columns_normed] = {};
     A* of = blocks.at(i, l);
-    unrolled<count>([&](size_t r) {
-      const int64_t at = (first + r) * n + i;
-      const A v = value_of<T, normed>(f.x.z[at], normed ? of[scale * lanes] : A(1), normed ? of[shift * lanes] : A(0));
-      const A g = masked<T, masks>(f, at), y = v * of[mask * lanes], is_top = v == of[top * lanes] ? A(1) : A(0);
-      const A gm = g * sa[r], away = normed ? static_cast<A>(f.x.z[at]) - of[mean * lanes] : v;
-      totals[r][l] += g * y * of[factor * lanes];
-      equals[r][l] += y == top_p[r] ? A(1) : A(0);
-      sums[product] += gm * away, sums[ties] += is_top;
-      sums[plain] += gm, sums[at_ties] += is_top * away, sums[centered] += away;
-    });
-    unrolled<normed ? columns_normed : columns_alone>([&](size_t k) { of[k * lanes] += sums[k]; });
+    const T z = f.x.z[place * n + i];
+    const A v = value_of<T, normed>(z, normed ? of[scale * lanes] : A(1), normed ? of[shift * lanes] : A(0));
+    const A g = masked<T, masks>(f, place * n + i), y = v * of[mask * lanes], gm = g * sa;
+    const A is_top = v == of[top * lanes] ? A(1) : A(0), away = normed ? static_cast<A>(z) - of[mean * lanes] : v;
+    totals[l] += g * y * of[factor * lanes];
+    equals[l] += y == top_p ? A(1) : A(0);
+    of[product * lanes] += gm * away, of[ties * lanes] += is_top;
+    if constexpr (normed) of[plain * lanes] += gm, of[at_ties * lanes] += is_top * away, of[centered * lanes] += away;
   });
-  for (int64_t r = 0; r < count; ++r) rows[first + r] = sum_of(totals[r]), row_ties[first + r] = sum_of(equals[r]);
+  rows[place] = sum_of(totals), row_ties[place] = sum_of(equals);
 }
 
 // One channel, whose positions lie side by side.
@@ -100,9 +97,7 @@ void products_of(const Backward<T>& f, acc_t<T>* rows, acc_t<T>* row_ties, Parti
         blocks.fill(shift, [&](int64_t c) { return f.x.shift[c]; });
         blocks.fill(mean, [&](int64_t c) { return f.mean[c]; });
       }
-      for (; o + rows_at_once <= last; o += rows_at_once)
-        products_of_places<T, normed, masks, rows_at_once>(f, b, o, blocks, rows, row_ties);
-      for (; o < last; ++o) products_of_places<T, normed, masks, 1>(f, b, o, blocks, rows, row_ties);
+      for (; o < last; ++o) products_of_place<T, normed, masks>(f, b, o, blocks, rows, row_ties);
       for (int64_t k = 0; k < (normed ? columns_normed : columns_alone); ++k) blocks.copy_to(k, mine + k * n);
     } else {
       for (; o < last; ++o) products_of_channel<T, normed, masks>(f, b, o, mine, rows);

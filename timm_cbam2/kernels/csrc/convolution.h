@@ -35,28 +35,31 @@ class Padded {
   std::vector<A> all_;
 };
 
-// Adds to out (H, W) the map, padded, convolved with kernel (f, f), read backwards for the gradient of a map.
-template <typename A>
-void convolve_map(const A* padded, int64_t stride, const A* kernel, int64_t height, int64_t width, int64_t taps,
-                  bool backwards, A* out) {
-  for (int64_t h = 0; h < height; ++h)
-    for (int64_t w = 0; w < width; w += lanes) {
-      A sums[lanes] = {};
-      for (int64_t i = 0; i < taps; ++i)
-        for (int64_t j = 0; j < taps; ++j) {
-          const A k = kernel[backwards ? taps * taps - 1 - i * taps - j : i * taps + j];
-          const A* from = padded + (h + i) * stride + w + j;
-#pragma omp simd
-          for (int64_t l = 0; l < lanes; ++l) sums[l] += k * from[l];
-        }
-      for (int64_t l = 0; l < std::min(lanes, width - w); ++l) out[h * width + w + l] += sums[l];
-    }
-}
-
 template <typename A>
 struct Vector {
   typedef A type __attribute__((vector_size(32), aligned(sizeof(A)), may_alias));
 };
+
+// Adds to out (H, W) the map, padded, convolved with kernel (f, f), read backwards for the gradient of a map.
+template <typename A>
+void convolve_map(const A* padded, int64_t stride, const A* kernel, int64_t height, int64_t width, int64_t taps,
+                  bool backwards, A* out) {
+  using V = typename Vector<A>::type;
+  constexpr int64_t step = sizeof(V) / sizeof(A), count = lanes / step;
+  for (int64_t h = 0; h < height; ++h)
+    for (int64_t w = 0; w < width; w += lanes) {
+      V sums[count] = {};
+      for (int64_t i = 0; i < taps; ++i)
+        for (int64_t j = 0; j < taps; ++j) {
+          const A k = kernel[backwards ? taps * taps - 1 - i * taps - j : i * taps + j];
+          const A* from = padded + (h + i) * stride + w + j;
+          unrolled<count>([&](size_t v) { sums[v] += k * *reinterpret_cast<const V*>(from + v * step); });
+        }
+      A each[lanes];
+      unrolled<count>([&](size_t v) { *reinterpret_cast<V*>(each + v * step) = sums[v]; });  // until here in registers
+      for (int64_t l = 0; l < std::min(lanes, width - w); ++l) out[h * width + w + l] += each[l];
+    }
+}
 
 // The gradient of kernel (f, f) from that of z (H, W) and a map, both padded.
 template <typename A>
