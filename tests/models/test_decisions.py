@@ -1,6 +1,7 @@
 """Options for decisions that live: norms before them, learned maps, routing by position. Off, a block is as it was."""
 
 import copy
+import json
 import warnings
 
 import pytest
@@ -10,9 +11,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from randomise import randomise
 from timm.utils import ModelEmaV3
+from transformers import AutoModelForImageClassification
 
-from timm_cbam2 import Cbam2, SpatialAttn, record_attention, resolve_options
+import timm_cbam2
+from timm_cbam2 import Cbam2, Cbam2Config, SpatialAttn, record_attention, resolve_options
 from timm_cbam2.models.decisions_cbam2 import DecisionNorm, statistics_kept
+from timm_cbam2.models.saved_cbam2 import OLD_TIMM
 from timm_cbam2.training.optimise import freeze, keep_frozen
 
 OPTIONS = [
@@ -184,9 +188,48 @@ def test_norms_follow_the_rules_of_training():
     assert nn.SyncBatchNorm.convert_sync_batchnorm(network).state_dict().keys() == own.keys()
 
 
-def test_absent_means_off():
-    off = dict(center_spatial=False, squeeze_norm=False, router_norm=False, learned_maps=0, router_pool="avg")
-    assert {name: resolve_options({})[name] for name in off} == off
+OFF = dict(center_spatial=False, squeeze_norm=False, router_norm=False, learned_maps=0, router_pool="avg")
+REGISTERED = dict(center_spatial=True, squeeze_norm=True, router_norm=True, learned_maps=4, router_pool="avg")
+
+
+def _chosen(options):
+    return {name: options[name] for name in OFF}
+
+
+def test_absent_in_a_saved_configuration_means_off(tmp_path):
+    """A folder from before there were these options, opened by both libraries, beside a model that is made anew."""
+    assert _chosen(resolve_options({}, saved=True)) == OFF
+    old = timm.create_model("resnet20_cbam2", cbam2=dict(OFF, router_channels=8))
+    randomise(old)
+    timm_cbam2.save(old, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for options in (dict(router_channels=8), dict(config["model_args"]["cbam2"], router_pool="avg")):
+        config["model_args"]["cbam2"] = {k: v for k, v in options.items() if k not in OFF or k == "router_pool"}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        x = torch.randn(2, 3, 32, 32)
+        for opened in (
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True),
+            AutoModelForImageClassification.from_pretrained(tmp_path).timm_model,
+        ):
+            assert _chosen(opened.cbam2_options) == OFF and opened.cbam2_options["router_channels"] == 8
+            torch.testing.assert_close(opened.eval()(x), old.eval()(x))
+    del config["model_args"]
+    assert _chosen(Cbam2Config.from_dict(config).model_args["cbam2"]) == OFF
+
+
+@pytest.mark.skipif(OLD_TIMM, reason="timm before 1.0.31 keeps no arguments")
+def test_timms_own_saving_tells_every_option(tmp_path):
+    """What a model has that was made anew is written by timm, too, though its caller gave one option or none."""
+    for number, given in enumerate((None, dict(router_channels=8))):
+        model = timm.create_model("resnet20_cbam2", cbam2=given)
+        assert _chosen(model.cbam2_options) == REGISTERED
+        randomise(model)
+        folder = tmp_path / str(number)
+        timm.models.save_for_hf(model, folder, safe_serialization=True)
+        again = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        assert again.cbam2_options == model.cbam2_options
+        x = torch.randn(1, 3, 32, 32)
+        torch.testing.assert_close(again.eval()(x), model.eval()(x))
 
 
 def test_a_network_with_all_of_them():

@@ -21,7 +21,6 @@ from ..errors import UserError, one_line, run_commands
 from ..hub.card import card
 from ..hub.folder import check_folder, whole
 from ..hub.zoo import run_settings
-from ..models.cbam2 import resolve_options
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
 from ..seeing.report import command
 
@@ -56,10 +55,8 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
     if config["architecture"] != architecture or not tag or not tag.isidentifier():
         raise ValueError(f"{name!r} does not fit: write {config['architecture']}.TAG, with a TAG of letters and digits")
     arguments = dict(config.get("model_args") or {})
-    options = arguments.pop("cbam2", None)
+    arguments.pop("cbam2", None)  # read from the folder by whoever asks for the name
     if _has_a_name(name):
-        if options is not None and resolve_options(options) != resolve_options():
-            raise ValueError(f"{source} has other cbam2 options than the defaults that {name!r} stands for")
         untold = {key: value for key, value in arguments.items() if DEFAULTS.get(key) != value}
         if untold:
             raise ValueError(f"{source} has {untold}, which {name!r} does not tell")

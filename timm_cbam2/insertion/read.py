@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import UserError, one_line
 from ..hub.inserted import INSERTED
 from ..hub.zoo import without_memory
+from ..models.cbam2 import resolve_options
 from ..models.reach_cbam2 import promptly
 
 __all__ = ["Source", "read_source"]
@@ -118,6 +119,8 @@ def _from_folder(folder: Path, name: str, weights: Path | None = None) -> Source
         source.architecture = config["architecture"]
         arguments = config.get("model_args") or {}
         source.arguments = {k: v for k, v in arguments.items() if k not in ("num_classes", "pretrained")}
+        if source.architecture.endswith("_cbam2"):
+            source.arguments["cbam2"] = resolve_options(arguments.get("cbam2"), saved=True)
         source.cfg = dict(config.get("pretrained_cfg") or {})
         for key in ("label_names", "label_descriptions"):
             if config.get(key):

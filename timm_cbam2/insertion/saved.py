@@ -38,7 +38,7 @@ def load_inserted(model: nn.Module, folder: str | Path) -> nn.Module:
     folder = Path(folder)
     saved = read_inserted(folder)["blocks"]
     blocks = {}
-    if inserted_blocks(model) != [{**b, "options": resolve_options(b["options"])} for b in saved]:
+    if inserted_blocks(model) != [{**b, "options": resolve_options(b["options"], saved=True)} for b in saved]:
         held = [name for name, module in model.named_modules() if is_cbam2(module) and hasattr(module, "inserted")]
         if held:
             raise ValueError(f"{held[0]} is there already, and other blocks than in {folder}; build the network anew")
@@ -79,7 +79,7 @@ def _place(model: nn.Module, block: dict[str, Any], folder: Path) -> tuple[Place
     counted = known_channels([place], None).get(name, block["channels"])
     if counted != block["channels"]:
         raise ValueError(f"{folder} has a block for {block['channels']} channels in {name}, which has {counted}")
-    return place, resolve_options(block["options"])
+    return place, resolve_options(block["options"], saved=True)
 
 
 def _wanted(model: nn.Module, found: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

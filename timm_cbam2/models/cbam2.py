@@ -37,13 +37,24 @@ class CbamAttention(NamedTuple):
     router_weights: torch.Tensor  # (B, K), one per branch, the dilated last; (B, K, H, W) with router_pool="none"
 
 
-def resolve_options(options: Optional[Mapping[str, Any]] = None) -> Dict[str, Any]:
+# Of a network, where it differs from `Cbam2` alone. A saved one that does not tell an option means the first, for ever.
+SAVED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
+REGISTERED_DEFAULTS: Dict[str, Any] = {
+    **SAVED_DEFAULTS,
+    **dict(center_spatial=True, squeeze_norm=True, router_norm=True, learned_maps=4),
+}
+
+
+def resolve_options(options: Optional[Mapping[str, Any]] = None, saved: bool = False) -> Dict[str, Any]:
     """Complete and check the CBAM2 options of a network.
 
-    An absent option takes the default of `Cbam2`, except `gate`, which is "unit_sigmoid" in every registered network.
+    An absent option takes the default of registered networks: that of `Cbam2`, except gate="unit_sigmoid",
+    center_spatial=True, squeeze_norm=True, router_norm=True and learned_maps=4.
 
     Args:
         options: Keyword arguments of `Cbam2` (without `channels`, `device`, `dtype`); None means none.
+        saved: They come from a saved configuration. One written before an option was there means what was before: there
+            an absent option takes the default of `Cbam2`, except gate="unit_sigmoid".
 
     Returns:
         Every option with its value, lists turned into tuples.
@@ -54,7 +65,7 @@ def resolve_options(options: Optional[Mapping[str, Any]] = None) -> Dict[str, An
     defaults = {name: parameter.default for name, parameter in inspect.signature(Cbam2).parameters.items()}
     for name in ("channels", "device", "dtype"):
         del defaults[name]
-    return complete_options(options, {**defaults, "gate": "unit_sigmoid"})
+    return complete_options(options, {**defaults, **(SAVED_DEFAULTS if saved else REGISTERED_DEFAULTS)})
 
 
 @register_notrace_module  # one node in torch.fx: its shapes depend on the input
@@ -99,7 +110,7 @@ class Cbam2(nn.Module):
             gate: Gate of both masks.
             device: Device of the parameters.
             dtype: Data type of the parameters.
-            center: See `ChannelAttn` and `SpatialAttn`; on in no registered model unless asked for, as all below.
+            center: See `ChannelAttn` and `SpatialAttn`; off in registered models, where those below are on.
             center_spatial: See `SpatialAttn`, as for learned_maps.
             squeeze_norm: See `ChannelAttn`.
             router_norm: Of both routers, see `ChannelAttn` and `SpatialAttn`.

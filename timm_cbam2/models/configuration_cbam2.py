@@ -108,7 +108,8 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
     Args:
         architecture: Name of a registered architecture, such as "resnet50_cbam2".
         model_args: Arguments of timm's entrypoint, such as `in_chans`; the key "cbam2" holds the options of every
-            block, see `resolve_options`. Absent options are filled in, so that a saved file is complete.
+            block, see `resolve_options`. Absent options are filled in, so that a saved file is complete: those of
+            registered networks, or, where they come from a file, what they were before there was the option.
         pretrained_cfg: timm's description of the expected input (size, mean, std, crop) and of the layers.
         out_features: Stages that `Cbam2Backbone` returns, from `stage_names`.
         out_indices: The same as indices, which are timm's for `features_only`: 0 is the stem of a ResNet, and the
@@ -208,6 +209,8 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
             return None
         cfg = dict(found.get("pretrained_cfg") or {})
         found |= {"architecture": f"{plain}_cbam2", "pretrained_cfg": {**cfg, "tag": WARM_START + cfg.get("tag", "")}}
+        arguments = dict(found.get("model_args") or {})
+        found["model_args"] = {**arguments, "cbam2": resolve_options(arguments.get("cbam2"))}  # the attention is new
         return cls.from_dict(found, return_unused_kwargs=True, **kwargs)
 
     @staticmethod
@@ -224,6 +227,9 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
             ValueError: Naming the key whose value is not allowed.
         """
         check_config(config_dict)
+        arguments = dict(config_dict.get("model_args") or {})
+        arguments["cbam2"] = resolve_options(arguments.get("cbam2"), saved=True)
+        config_dict = {**config_dict, "model_args": arguments}
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod

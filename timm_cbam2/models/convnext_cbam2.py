@@ -11,6 +11,7 @@ from timm.models.convnext import ConvNeXt, ConvNeXtBlock, checkpoint_filter_fn
 from .cbam2 import Cbam2, resolve_options
 from .parts_cbam2 import has_hooks
 from .residual_cbam2 import branch_end, owns_end
+from .saved_cbam2 import TellsOptions
 from .twins_cbam2 import (
     attended_stages,
     build_twin,
@@ -44,7 +45,7 @@ class ConvNeXtCbam2Block(ConvNeXtBlock):
         return self.drop_path(x) + self.shortcut(shortcut)
 
 
-class ConvNeXtCbam2(TakesPlainWeights, ConvNeXt):
+class ConvNeXtCbam2(TellsOptions, TakesPlainWeights, ConvNeXt):
     """timm's ConvNeXt with a CBAM2 block in every residual branch."""
 
     def __init__(

@@ -14,12 +14,14 @@ import torch
 import torch.nn as nn
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models import resnet as timm_resnet
+from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from .arguments_cbam2 import refuse_fixed
 from .cbam2 import Cbam2, resolve_options
 from .residual_cbam2 import BasicBlockCbam2, BottleneckCbam2
+from .saved_cbam2 import TellsOptions
 from .twins_cbam2 import (
     attended_stages,
     build_twin,
@@ -39,7 +41,7 @@ OWN_END = {BasicBlock: BasicBlockCbam2, Bottleneck: BottleneckCbam2}
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
 
 
-class _AttentionSlot(TakesPlainWeights, ResNet):
+class _AttentionSlot(TellsOptions, TakesPlainWeights, ResNet):
     """Fills timm's attention slot in every residual block of the ResNet it is mixed into."""
 
     def __init__(
@@ -166,6 +168,9 @@ def _create_cifar(variant: str, /, pretrained: bool = False, **kwargs: Any) -> C
         **{"feature_cfg": dict(out_indices=(0, 1, 2, 3)), **kwargs},
     )
     if variant.endswith("_cbam2"):
+        if pretrained:
+            cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+            arguments["cbam2"] = {**_shipped_options(cfg.file), **(kwargs.get("cbam2") or {})}
         return build_twin(CifarResNetCbam2, variant, pretrained, **arguments)
     return build_model_with_cfg(CifarResNet, variant, pretrained, **arguments)
 
@@ -194,6 +199,15 @@ def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
         "license": "apache-2.0",
         **kwargs,
     }
+
+
+def _shipped_options(weights: Optional[str]) -> Dict[str, Any]:
+    """The attention that weights were trained with, told by the config.json beside them; nothing where there is none."""
+    config = Path(weights).with_name("config.json") if weights else None
+    if config is None or not config.is_file():
+        return {}
+    arguments = json.loads(config.read_text(encoding="utf-8")).get("model_args") or {}
+    return resolve_options(arguments.get("cbam2"), saved=True)
 
 
 def _shipped_cfgs(name: str) -> Dict[str, Any]:

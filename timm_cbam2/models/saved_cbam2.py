@@ -15,7 +15,17 @@ from packaging.version import Version
 from timm.data import resolve_data_config
 from timm.models._hub import save_config_for_hf
 
-__all__ = ["OLD_TIMM", "arguments_of", "input_channels", "overlay_of_folder", "remembering", "write_config"]
+from .cbam2 import resolve_options
+
+__all__ = [
+    "OLD_TIMM",
+    "TellsOptions",
+    "arguments_of",
+    "input_channels",
+    "overlay_of_folder",
+    "remembering",
+    "write_config",
+]
 
 OLD_TIMM = Version(timm.__version__) < Version("1.0.31")
 _OF_A_TRAINING = {"drop_block_rate", "drop_path_rate", "drop_rate"}
@@ -48,13 +58,30 @@ def overlay_of_folder(folder: Any) -> Dict[str, Any]:
     return {"source": "", "file": str(Path(folder, "model.safetensors"))} if OLD_TIMM else {}
 
 
+class TellsOptions(nn.Module):
+    """A mixin: timm's own saving, too, writes every option of the attention, not only those that the caller gave."""
+
+    __jit_unused_properties__ = ["_model_args"]
+
+    @property
+    def _model_args(self) -> Dict[str, Any]:  # where timm's factory keeps what a model was built with
+        return {**self.__dict__.get("_model_args", {}), "cbam2": dict(self.cbam2_options)}
+
+    @_model_args.setter
+    def _model_args(self, value: Dict[str, Any]) -> None:
+        self.__dict__["_model_args"] = value
+
+
 def remembering(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """The entrypoint, reading any folder; its models keep the arguments it was called with where timm 1.0.31 does."""
 
     @functools.wraps(entrypoint)
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         cfg = kwargs.get("pretrained_cfg")
-        if isinstance(cfg, Mapping) and cfg.get("source") == "local-dir":
+        source = cfg.get("source") if isinstance(cfg, Mapping) else None
+        if source in ("local-dir", "hf-hub") and entrypoint.__name__.endswith("_cbam2"):
+            kwargs["cbam2"] = resolve_options(kwargs.get("cbam2"), saved=True)
+        if source == "local-dir":
             overlay = kwargs.get("pretrained_cfg_overlay") or {}
             kwargs["pretrained_cfg_overlay"] = {**overlay, **overlay_of_folder(cfg["file"])}
         model = entrypoint(pretrained, **kwargs)
