@@ -107,7 +107,7 @@ def test_formulas():
     learned = bn(F.conv2d(u, s["spatial.learned.conv.weight"]), "spatial.learned.norm")
     maps = torch.cat([u.mean(1, keepdim=True), u.amax(1, keepdim=True), across, down, learned], 1)
     assert s["spatial.branches.0.dw.weight"].shape == (6, 1, 3, 3)
-    logits = F.conv2d(maps, s["spatial.router.conv.weight"], s["spatial.router.conv.bias"], padding=1)
+    logits = F.conv2d(maps, s["spatial.router.conv.weight"], padding=1)
     weights = bn(logits, "spatial.router.norm").softmax(1)
     torch.testing.assert_close(found.router_weights, weights)
     z = (weights * torch.cat([branch(maps) for branch in block.spatial.branches], 1)).sum(1, keepdim=True)

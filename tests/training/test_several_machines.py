@@ -37,7 +37,7 @@ QUICK = ("--model", "resnet20_cbam2", "--no-pretrained", "--img-size", "8", "--w
 QUICK += ("--epochs", "2", "--augment", "none", "--save-every", "1 step")
 
 
-# Starts rank 0 late when torchrun begins again: rank 1 must not take an address that the ended rank 0 left in the store.
+# Rank 0 starts late when torchrun begins again: rank 1 must not take an address that the ended one left in the store.
 LATE = """
 import os, sys, time
 if os.environ["RANK"] == "0" and os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":

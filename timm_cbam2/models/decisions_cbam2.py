@@ -20,6 +20,13 @@ class DecisionNorm(nn.BatchNorm1d):
     A single number of each kind has no spread: while training, too, it is measured by what was seen before.
     """
 
+    def reset_running_stats(self) -> None:
+        """As torch's, by way of `nn.init`, which transformers keeps from what was read from a file."""
+        if self.track_running_stats:
+            nn.init.zeros_(self.running_mean)
+            nn.init.ones_(self.running_var)
+            nn.init.zeros_(self.num_batches_tracked)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         assert mean is not None and var is not None  # for TorchScript
@@ -111,7 +118,7 @@ class PositionRouter(nn.Module):
     def __init__(self, maps: int, choices: int, norm: bool, device=None, dtype=None) -> None:
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.conv = nn.Conv2d(maps, choices, 3, padding=1, **dd)
+        self.conv = nn.Conv2d(maps, choices, 3, padding=1, bias=not norm, **dd)
         self.norm = DecisionNorm(choices, **dd) if norm else None
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:

@@ -105,7 +105,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.fc1 = Fc(in_features, hidden, True, device, dtype)
-        self.fc2 = Fc(hidden, choices, True, device, dtype)
+        self.fc2 = Fc(hidden, choices, not norm, device, dtype)  # the norm has a bias and would take this one off
         self.norm = DecisionNorm(choices, device=device, dtype=dtype) if norm else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -202,7 +202,7 @@ def _cifar_cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 def _shipped_options(weights: Optional[str]) -> Dict[str, Any]:
-    """The attention that weights were trained with, told by the config.json beside them; nothing where there is none."""
+    """The attention that weights were trained with, by the config.json beside them; nothing where there is none."""
     config = Path(weights).with_name("config.json") if weights else None
     if config is None or not config.is_file():
         return {}

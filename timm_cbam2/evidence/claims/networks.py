@@ -25,11 +25,16 @@ DIMS = (16, 32, 64, 64)
 LAYER_SCALE = 0.1  # timm's 1e-6 is for long training
 
 
+def _options(variant: dict[str, Any]) -> dict[str, Any]:
+    """Of the attention: what a variant does not name is off, whatever networks are registered with."""
+    return resolve_options(variant.get("cbam2"), saved=True)
+
+
 def _resnet(variant: dict[str, Any], depth: int, stages: str, classes: int) -> nn.Module:
     arguments = dict(block=BasicBlock, layers=(depth,) * len(CHANNELS), channels=CHANNELS, num_classes=classes)
     kind = variant["attention"]
     if kind == "cbam2":
-        network = CifarResNetCbam2(**arguments, cbam2=variant.get("cbam2"))
+        network = CifarResNetCbam2(**arguments, cbam2=_options(variant))
     else:
         layer: Any = partial(Trial, **variant.get("trial", {})) if kind == "trial" else kind
         network = CifarResNet(**arguments, block_args={"attn_layer": layer} if layer else None)
@@ -52,7 +57,7 @@ def _convnext(variant: dict[str, Any], depth: int, stages: str, classes: int) ->
             channels = DIMS[number - 1]
             block.__class__ = ConvNeXtCbam2Block
             if kind == "cbam2":
-                block.attn = Cbam2(channels, **resolve_options(variant.get("cbam2")))
+                block.attn = Cbam2(channels, **_options(variant))
             elif kind == "trial":
                 block.attn = Trial(channels, **variant["trial"])
             else:
