@@ -189,7 +189,6 @@ def test_norms_follow_the_rules_of_training():
 
 
 OFF = dict(center_spatial=False, squeeze_norm=False, router_norm=False, learned_maps=0, router_pool="avg")
-REGISTERED = dict(center_spatial=True, squeeze_norm=True, router_norm=True, learned_maps=4, router_pool="avg")
 
 
 def _chosen(options):
@@ -220,12 +219,14 @@ def test_absent_in_a_saved_configuration_means_off(tmp_path):
 @pytest.mark.skipif(OLD_TIMM, reason="timm before 1.0.31 keeps no arguments")
 def test_timms_own_saving_tells_every_option(tmp_path):
     """What a model has that was made anew is written by timm, too, though its caller gave one option or none."""
-    for number, given in enumerate((None, dict(router_channels=8))):
+    for number, given in enumerate((None, dict(router_channels=8, learned_maps=2))):
         model = timm.create_model("resnet20_cbam2", cbam2=given)
-        assert _chosen(model.cbam2_options) == REGISTERED
+        assert model.cbam2_options == resolve_options(given)
         randomise(model)
         folder = tmp_path / str(number)
         timm.models.save_for_hf(model, folder, safe_serialization=True)
+        told = json.loads((folder / "config.json").read_text())["model_args"]["cbam2"]
+        assert told.keys() == model.cbam2_options.keys()
         again = timm.create_model(f"local-dir:{folder}", pretrained=True)
         assert again.cbam2_options == model.cbam2_options
         x = torch.randn(1, 3, 32, 32)

@@ -37,24 +37,20 @@ class CbamAttention(NamedTuple):
     router_weights: torch.Tensor  # (B, K), one per branch, the dilated last; (B, K, H, W) with router_pool="none"
 
 
-# Of a network, where it differs from `Cbam2` alone. A saved one that does not tell an option means the first, for ever.
+# Of a network, where it differs from `Cbam2` alone: of one made anew, and, for ever, of a saved one that tells no option.
+REGISTERED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
 SAVED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
-REGISTERED_DEFAULTS: Dict[str, Any] = {
-    **SAVED_DEFAULTS,
-    **dict(center_spatial=True, squeeze_norm=True, router_norm=True, learned_maps=4),
-}
 
 
 def resolve_options(options: Optional[Mapping[str, Any]] = None, saved: bool = False) -> Dict[str, Any]:
     """Complete and check the CBAM2 options of a network.
 
-    An absent option takes the default of registered networks: that of `Cbam2`, except gate="unit_sigmoid",
-    center_spatial=True, squeeze_norm=True, router_norm=True and learned_maps=4.
+    An absent option takes the default of `Cbam2`, except `gate`, which is "unit_sigmoid" in every registered network.
 
     Args:
         options: Keyword arguments of `Cbam2` (without `channels`, `device`, `dtype`); None means none.
-        saved: They come from a saved configuration. One written before an option was there means what was before: there
-            an absent option takes the default of `Cbam2`, except gate="unit_sigmoid".
+        saved: They come from a saved configuration: what is absent there means the same for ever, also when networks
+            are registered with other defaults one day.
 
     Returns:
         Every option with its value, lists turned into tuples.
@@ -110,7 +106,7 @@ class Cbam2(nn.Module):
             gate: Gate of both masks.
             device: Device of the parameters.
             dtype: Data type of the parameters.
-            center: See `ChannelAttn` and `SpatialAttn`; off in registered models, where those below are on.
+            center: See `ChannelAttn` and `SpatialAttn`; on in no registered model unless asked for, as all below.
             center_spatial: See `SpatialAttn`, as for learned_maps.
             squeeze_norm: See `ChannelAttn`.
             router_norm: Of both routers, see `ChannelAttn` and `SpatialAttn`.

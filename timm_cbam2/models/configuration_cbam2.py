@@ -108,8 +108,7 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
     Args:
         architecture: Name of a registered architecture, such as "resnet50_cbam2".
         model_args: Arguments of timm's entrypoint, such as `in_chans`; the key "cbam2" holds the options of every
-            block, see `resolve_options`. Absent options are filled in, so that a saved file is complete: those of
-            registered networks, or, where they come from a file, what they were before there was the option.
+            block, see `resolve_options`. Absent options are filled in, so that a saved file is complete.
         pretrained_cfg: timm's description of the expected input (size, mean, std, crop) and of the layers.
         out_features: Stages that `Cbam2Backbone` returns, from `stage_names`.
         out_indices: The same as indices, which are timm's for `features_only`: 0 is the stem of a ResNet, and the

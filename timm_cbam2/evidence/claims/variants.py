@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "se": {"attention": "se", "about": "timm's squeeze-and-excitation"},
     "eca": {"attention": "eca", "about": "timm's efficient channel attention"},
     "cbam": {"attention": "cbam", "about": "timm's CBAM"},
-    "cbam2": _cbam2("every option off, as registered before"),
+    "cbam2": _cbam2("every option off: as registered"),
     "cbam2-center": _cbam2("both gates centred", center=True),
     "cbam2-slow": _cbam2("every option off, attention's learning rate a tenth", {"attention_lr_scale": 0.1}),
     # options, alone and together
@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "maps": _cbam2("and four learned maps", center_spatial=True, learned_maps=4),
     "maps-route": _cbam2("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
     "maps-live": _cbam2(
-        "and normalised squeezes: as registered", center_spatial=True, learned_maps=4, router_norm=True, squeeze_norm=True
+        "and normalised squeezes", center_spatial=True, learned_maps=4, router_norm=True, squeeze_norm=True
     ),
     "maps-none": _cbam2(
         "and routing by position",
