@@ -37,7 +37,7 @@ class CbamAttention(NamedTuple):
     router_weights: torch.Tensor  # (B, K), one per branch, the dilated last; (B, K, H, W) with router_pool="none"
 
 
-# Of a network, where it differs from `Cbam2` alone: of one made anew, and, for ever, of a saved one that tells no option.
+# Where a network differs from `Cbam2` alone: one made anew, and, for ever, a saved one that does not tell an option.
 REGISTERED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
 SAVED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
 
