@@ -46,7 +46,7 @@ def make(source: str | Path, name: str, root: str | Path = "checkpoints") -> Pat
         and, of a run, the measurements of each epoch.
 
     Raises:
-        ValueError: The model is damaged, of another architecture, or has options that its name does not tell; or the
+        ValueError: The model is damaged, of another architecture, or has arguments that its name does not tell; or the
             images to measure it on, or the run it started from, are gone.
     """
     source = Path(source)
