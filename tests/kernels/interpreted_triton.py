@@ -217,7 +217,8 @@ def test_it_proves_itself_before_it_serves(monkeypatch):
     with pytest.warns(UserWarning, match="so it is not used there") as said:
         found = [block(x) for _ in range(2)]
     use_passes("cpu", None)
-    assert len(said) == 1 and all(torch.equal(one, block(x)) for one in found)
+    own = [one for one in said if one.category is UserWarning]  # Triton's interpreter has warnings of its own
+    assert len(own) == 1 and all(torch.equal(one, block(x)) for one in found)
     assert not wrong.folds(x)
 
 

@@ -1,0 +1,88 @@
+"""The end of a residual branch under torch.compile: the values of separate steps, and no more kept than they keep."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from randomise import randomise
+from timm.models.resnet import Bottleneck
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+
+from timm_cbam2 import Cbam2
+from timm_cbam2.models.residual_cbam2 import BottleneckCbam2
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.compiler.reset()
+
+
+def images(batch, height, width):
+    x = torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
+    return x.to(memory_format=torch.channels_last)
+
+
+def bottleneck(attention):
+    """A residual block of 32 channels on 5 x 6 positions, between two convolutions."""
+    block = Bottleneck(32, 8, attn_layer=partial(Cbam2, gate="unit_sigmoid") if attention else None)
+    if attention:
+        block.__class__ = BottleneckCbam2
+    parts = (torch.nn.Conv2d(3, 32, 1), block, torch.nn.Conv2d(32, 4, 1))
+    return randomise(torch.nn.Sequential(*parts)).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("how", ["training", "frozen norm", "autocast", "evaluation"])
+def test_the_end_of_a_residual_branch(how):
+    """Its norm included, of which the running statistics count too."""
+    model = bottleneck(True).train(how != "evaluation")
+    if how == "frozen norm":
+        model[1].bn3.eval()
+    eager, x = copy.deepcopy(model), images(3, 5, 6)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+    found = []
+    for module, forward in ((model, compiled), (eager, eager)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            with torch.set_grad_enabled(how != "evaluation"):
+                out = forward(x)
+        grads = []
+        if how != "evaluation":
+            grads = torch.autograd.grad(out.float().square().sum(), list(module.parameters()))
+        found.append([out.detach().flatten(), *(g.flatten() for g in grads), *(b.float() for b in module.buffers())])
+    assert torch.equal(model[1].bn3.running_mean, bottleneck(True)[1].bn3.running_mean) == (
+        how in ("frozen norm", "evaluation")
+    )
+    if how == "autocast":  # a single gradient may be off by half of itself
+        found, bound = [[torch.hstack(tensors)] for tensors in found], 0.05
+    else:
+        bound = 1e-4
+    for one, other in zip(*found, strict=True):
+        assert (one - other).norm() <= bound * other.norm().clamp(min=1e-2)
+
+
+def test_compiled_it_keeps_what_the_plain_block_keeps():
+    """For the backward pass, of tensors as large as its output: its input, what its last norm takes, and its output.
+
+    Whatever else is kept is written and read once more in every block.
+    """
+    kept = {}
+    for attention in (False, True):
+        model, x = bottleneck(attention).train(), images(3, 5, 6)
+
+        def forward_of(graph, inputs, attention=attention):
+            (output,) = (node for node in graph.graph.nodes if node.op == "output")
+            values = [node.meta["val"] for node in output.args[0] if hasattr(node, "meta") and "val" in node.meta]
+            kept[attention] = [v.dtype for v in values if isinstance(v, torch.Tensor) and v.shape == (3, 32, 5, 6)]
+            return make_boxed_func(graph.forward)
+
+        torch.compiler.reset()
+        backend = aot_autograd(
+            fw_compiler=forward_of,
+            bw_compiler=lambda graph, inputs: make_boxed_func(graph.forward),
+            partition_fn=min_cut_rematerialization_partition,
+            decompositions=select_decomp_table(),
+        )
+        torch.compile(model, fullgraph=True, dynamic=False, backend=backend)(x).sum().backward()
+    assert kept[True] == kept[False] == [torch.float32] * 3
