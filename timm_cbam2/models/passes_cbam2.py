@@ -206,19 +206,20 @@ class TorchPasses:
         by_map = None if learned is None else g_ca.new_empty(len(g_ca), *learned.shape)
         for c in self.chunks:
             x, y = self.x[c], self.scratch[: len(self.x[c])]
-            if self.dtype == x.dtype:
-                g_y = torch.mul(self.g[c], self.sa[c], out=self.g_x[c])
+            if self.gamma is None and self.dtype == x.dtype:
+                g_y = torch.addcmul(g_avg[c], self.g[c], self.sa[c], out=self.g_x[c])
             else:
-                g_y = (self.g[c] * self.sa[c]).to(self.dtype)
-            if self.gamma is not None:
-                torch.sum(torch.mul(g_y, x, out=y), (2, 3), out=self.by_channel[c])
-                g_y.mul_(self.gamma)
+                g_y = self._weighted(c)
+                if self.gamma is not None:
+                    torch.sum(torch.mul(g_y, x, out=y), (2, 3), out=self.by_channel[c])
+                    g_y.mul_(self.gamma)
+                g_y.add_(g_avg[c])
             if self.dtype == x.dtype:
                 torch.mul(x, self.ca[c], out=y)
             else:
                 y.copy_(x * self.ca[c])
             at = torch.eq(y, largest[c], out=y)  # 1 and 0
-            g_y.add_(g_avg[c]).addcmul_(at, g_max[c] / at.sum(1, keepdim=True))
+            g_y.addcmul_(at, g_max[c] / at.sum(1, keepdim=True))
             if g_learned is not None:
                 given = g_learned[c].flatten(2)  # (b, P, H·W)
                 _add_product(g_y, given, learned)
@@ -229,6 +230,12 @@ class TorchPasses:
         if g_learned is not None:
             self.learned_gradient = (by_map * self.small.ca[:, None]).sum(0)  # (P, C)
         return g_ca
+
+    def _weighted(self, c: slice) -> torch.Tensor:
+        """g·sa of those samples, in the type that sums are made in."""
+        if self.dtype == self.x.dtype:
+            return torch.mul(self.g[c], self.sa[c], out=self.g_x[c])
+        return (self.g[c] * self.sa[c]).to(self.dtype)
 
     def input_gradient(
         self, g_savg: torch.Tensor, g_smax: torch.Tensor
@@ -241,7 +248,7 @@ class TorchPasses:
             x, g_y = self.x[c], self.g_x[c].to(self.dtype)
             at = torch.eq(x, s_max[c], out=self.scratch[: len(x)])
             share = g_smax[c] / at.sum((2, 3), keepdim=True)
-            g_y.mul_(self.ca[c]).add_(g_savg[c]).addcmul_(at, share)
+            torch.addcmul(g_savg[c], g_y, self.ca[c], out=g_y).addcmul_(at, share)
             if self.dtype != x.dtype:
                 self.g_x[c] = g_y
         if self.affine is None:
