@@ -19,12 +19,15 @@ SIZES = {"C", "P", "sb", "sc", "sp"}
 for module in (triton_forward, triton_backward):
     for name in module.__all__:
         reading = getattr(module, name)
-        for dtype, on, capability in (("bf16", True, 80), ("fp16", False, 90)):
+        # Of sizes and strides, those that are 1 are constants, as when it is called.
+        for dtype, on, capability, ones in (("bf16", True, 80, ("sp",)), ("fp16", False, 90, ("sc", "C", "P"))):
             types, constants = {}, {"BC": 16, "BP": 64, "COUNT": 7 if on else 3}
             for word in reading.arg_names:
                 full = word in FULL or (word == "out" and name in ("finish", "products"))
                 types[word] = "i32" if word in SIZES else "*" + (dtype if full else "fp32")
-                if word.isupper() and word not in SIZES:
+                if word in ones:
+                    types[word], constants[word] = "constexpr", 1
+                elif word.isupper() and word not in SIZES:
                     types[word], constants[word] = "constexpr", constants.get(word, on)
             constants = {word: value for word, value in constants.items() if word in types}
             made = triton.compile(ASTSource(reading, types, constants), target=GPUTarget("cuda", capability, 32))
