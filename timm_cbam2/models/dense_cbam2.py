@@ -134,6 +134,4 @@ def place_backward(part: nn.Module, g: torch.Tensor, height: int, width: int) ->
     """The gradient of the coordinates' kernels (K, 2, f, f) from that of `place_of` (K, H·W)."""
     windows = kept_windows(height, width, part.footprint, g.device, g.dtype)
     g_rows = (g.view(len(g) * height, width) @ windows[2]).view(len(g), height, 2, part.footprint)
-    g_x = torch.einsum("hi,khj->kij", windows[0], g_rows[:, :, 0])
-    g_y = torch.einsum("hi,khj->kij", windows[1], g_rows[:, :, 1])
-    return torch.stack([g_x, g_y], 1)
+    return torch.stack([windows[0].t() @ g_rows[:, :, 0], windows[1].t() @ g_rows[:, :, 1]], 1)
