@@ -103,7 +103,7 @@ def _scaled(z: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.
     return as_dtype(z * ready[:1] + ready[1:], z.dtype)
 
 
-def _own(norm: Optional[nn.Module], z: torch.Tensor) -> bool:
+def _own(norm: Any, z: torch.Tensor) -> bool:
     """Whether `normalised` does what this module would: a BatchNorm in training, or in evaluation with no gradient."""
     return (
         type(norm) is nn.BatchNorm2d
@@ -118,8 +118,10 @@ def _own(norm: Optional[nn.Module], z: torch.Tensor) -> bool:
 
 def normalised(norm: Optional[nn.Module], z: torch.Tensor) -> torch.Tensor:
     """norm(z), for z (B, C, H, W); z itself where norm is None."""
-    if norm is None or not _own(norm, z):
-        return z if norm is None else norm(z)
+    if norm is None:
+        return z
+    if not _own(norm, z):
+        return norm(z)
     weight, bias = norm.weight.view(1, -1, 1, 1), norm.bias.view(1, -1, 1, 1)
     if not norm.training:
         mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
