@@ -227,8 +227,8 @@ def _recompute(ctx: Any, g: torch.Tensor, inputs: List[Any]) -> List[Any]:
         if call.norm is not None:
             x = F.batch_norm(x, None, None, weight, bias, True, 0.0, call.norm.eps)
         with measured_by(call.block, call.found) as buffers:
-            own = {**dict(zip(names, parameters)), **{f"block.{name}": b for name, b in buffers.items()}}
-            out = torch.func.functional_call(plain, own, (x,))
+            tensors = {**dict(zip(names, parameters)), **{f"block.{name}": b for name, b in buffers.items()}}
+            out = torch.func.functional_call(plain, tensors, (x,))
         if gamma is not None:
             out = out * gamma[:, None, None]
         if call.drop is not None:

@@ -203,7 +203,7 @@ class TorchPasses:
         self.g_x = torch.empty_like(self.x)
         g_ca = torch.empty_like(self.small.ca)
         self.by_channel = torch.empty_like(g_ca)  # Σ_hw g·x·sa, which layer-scale needs
-        by_map = None if learned is None else g_ca.new_empty(len(g_ca), *learned.shape)
+        by_map: Any = None if learned is None else g_ca.new_empty(len(g_ca), *learned.shape)
         for c in self.chunks:
             x, y = self.x[c], self.scratch[: len(self.x[c])]
             if self.gamma is None and self.dtype == x.dtype:

@@ -47,7 +47,7 @@ def input_channels(model: nn.Module) -> int:
     if not first:
         return cfg["input_size"][0]
     name = first[0] if isinstance(first, (list, tuple)) else first
-    layer = next((module for found, module in model.named_modules() if found == name), None)
+    layer: Any = next((module for found, module in model.named_modules() if found == name), None)
     if not hasattr(layer, "in_channels"):
         raise ValueError(f"first_conv={first!r} in pretrained_cfg is no convolution of {type(model).__name__}.")
     return layer.in_channels
@@ -77,7 +77,7 @@ def remembering(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module
 
     @functools.wraps(entrypoint)
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        cfg = kwargs.get("pretrained_cfg")
+        cfg: Any = kwargs.get("pretrained_cfg")
         source = cfg.get("source") if isinstance(cfg, Mapping) else None
         if source in ("local-dir", "hf-hub") and entrypoint.__name__.endswith("_cbam2"):
             kwargs["cbam2"] = resolve_options(kwargs.get("cbam2"), saved=True)
