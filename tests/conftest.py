@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import removals
 import torch
 from PIL import Image
 from warm import COMMAND, MODULES, Server, make_bare_python
@@ -17,6 +18,7 @@ gc.disable()  # until the tests are collected, with all that they import
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+WATCH = str(ROOT / "tests" / "removals")  # its sitecustomize
 # Not what reads the environment while it is imported, such as huggingface_hub.
 LIBRARIES = ("torch", "torchvision", "scipy.optimize")
 LONG = (
@@ -40,6 +42,12 @@ LONG = (
 )
 
 
+def pytest_configure(config):
+    if not config.getoption("pythonwarnings"):
+        for line in removals.pytest_filters():
+            config.addinivalue_line("filterwarnings", line)
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: LONG.index(item.module.__name__) if item.module.__name__ in LONG else len(LONG))
@@ -57,17 +65,43 @@ def same_numbers_every_time():
 
 
 @pytest.fixture(scope="session")
+def removals_file(request, tmp_path_factory):
+    """Where the processes of tests write what warned of a removal; None where `-W` was given."""
+    if request.config.getoption("pythonwarnings"):
+        return None
+    file = tmp_path_factory.mktemp("removals") / "warnings.txt"
+    file.touch()
+    return file
+
+
+def _watched(file):
+    """What the environment of a process says so that `removals` watches it."""
+    return {} if file is None else {removals.FILE: str(file), "PYTHONPATH": WATCH}
+
+
+@pytest.fixture(autouse=True)
+def nothing_will_be_removed(removals_file):
+    """No process that the test started, or a fixture before it, warned that what was called will be removed."""
+    yield
+    if removals_file is not None and removals_file.stat().st_size:
+        found = removals_file.read_text(encoding="utf-8")
+        removals_file.write_text("")
+        pytest.fail(f"a process warned of a removal:\n{found}", pytrace=False)
+
+
+@pytest.fixture(scope="session")
 def bare_python(tmp_path_factory):
     """The interpreter of a fresh environment that has all this one has, except timm_cbam2."""
     return make_bare_python(tmp_path_factory.mktemp("bare"))
 
 
 @pytest.fixture(scope="session")
-def environment(tmp_path_factory):
-    """Of every command: this checkout, no network, a cache of its own."""
+def environment(tmp_path_factory, removals_file):
+    """Of every command: this checkout, no network, a cache of its own; a warning of a removal is written down."""
     cache = str(tmp_path_factory.mktemp("cache"))
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    offline = {"HF_HOME": cache, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path}
+    watched = _watched(removals_file)
+    path = os.pathsep.join(filter(None, (str(ROOT), watched.get("PYTHONPATH"), os.environ.get("PYTHONPATH"))))
+    offline = {"HF_HOME": cache, "HF_HUB_OFFLINE": "1", **watched, "PYTHONPATH": path}
     # Threads that spin while they wait make two busy processes crawl.
     return {**os.environ, **offline, "OMP_WAIT_POLICY": "PASSIVE"}
 
@@ -93,8 +127,9 @@ def start(start_python):
     return call
 
 
-def _scripts(python):
-    server = Server(python, LIBRARIES, {name: value for name, value in os.environ.items() if name != "PYTHONPATH"})
+def _scripts(python, removals_file):
+    others = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    server = Server(python, LIBRARIES, {**others, **_watched(removals_file)})
 
     def call(code, *args, cwd=None, env=None):
         return server.start("-c", code, *args, cwd=cwd, env=dict(env or os.environ), add=False, brief=True).wait()
@@ -104,18 +139,18 @@ def _scripts(python):
 
 
 @pytest.fixture(scope="session")
-def script():
+def script(removals_file):
     """`script(code, *args, cwd=..., env=...)` runs `python -c CODE ARGS`, in no other environment than `env`.
 
     Nothing that reads the environment has been imported, nor this package, nor what it must not import.
     """
-    yield from _scripts(sys.executable)
+    yield from _scripts(sys.executable, removals_file)
 
 
 @pytest.fixture(scope="session")
-def bare_script(bare_python):
+def bare_script(bare_python, removals_file):
     """The same where timm_cbam2 is not installed."""
-    yield from _scripts(bare_python)
+    yield from _scripts(bare_python, removals_file)
 
 
 @pytest.fixture(scope="session")
