@@ -45,7 +45,7 @@ def test_no_drawing_is_in_both_splits():
 
 
 def test_a_mistaken_name():
-    with pytest.raises(ValueError, match="no task 'clutte'.*clutter, scale, light, position"):
+    with pytest.raises(ValueError, match="no task 'clutte'.*clutter, crowd, scale, light, position"):
         make("clutte", "train", 4)
     with pytest.raises(ValueError, match="train or val"):
         make("clutter", "test", 4)

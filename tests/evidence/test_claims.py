@@ -153,7 +153,7 @@ def test_a_run_and_its_table(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "| maps-none | 1 |" in shown and "Grad-CAM on plain" in shown
     for wrong, text in (
-        (dict(task="clutte"), "clutter, scale, light, position"),
+        (dict(task="clutte"), "clutter, crowd, scale, light, position"),
         (dict(variants="plain,sse"), "no sse"),
         (dict(seeds="a"), "--seeds a"),
         (dict(stages="4"), "--stages 4"),

@@ -1,6 +1,7 @@
 """Small seeded tasks made of scikit-learn's digits, each of which one decision of attention ought to help with.
 
     clutter   one whole digit of any size, place and contrast among pieces of other digits and patches of noise
+    crowd     the same with a smaller digit among more: 8 to 21 of 32 pixels, 8 to 13 pieces
     scale     the digit is small, middling or large, among few pieces
     light     gain, offset and inversion of the picture differ from image to image
     position  two whole digits: the one in the left half counts
@@ -96,10 +97,10 @@ class _Pen:
             self.paint(canvas, np.ascontiguousarray(piece), int(height), int(width), (top, left))
 
 
-def _clutter(pen: _Pen) -> tuple:
+def _clutter(pen: _Pen, pieces: tuple[int, int] = (5, 9), sizes: tuple[int, int] = (12, 22)) -> tuple:
     canvas = pen.background()
-    pen.clutter(canvas, int(pen.random.integers(5, 10)))
-    low, high = pen.side * 3 // 8, pen.side * 11 // 16
+    pen.clutter(canvas, int(pen.random.integers(pieces[0], pieces[1] + 1)))
+    low, high = (size * pen.side // SIDE for size in sizes)
     size = int(pen.random.integers(low, high + 1))
     label, box = pen.digit(canvas, size)
     return canvas, label, box, 3 * (size - low) // (high - low + 1)
@@ -134,6 +135,7 @@ def _position(pen: _Pen) -> tuple:
 
 TASKS: dict[str, Callable[[_Pen], tuple]] = {
     "clutter": _clutter,
+    "crowd": functools.partial(_clutter, pieces=(8, 13), sizes=(8, 21)),
     "scale": _scale,
     "light": _light,
     "position": _position,
