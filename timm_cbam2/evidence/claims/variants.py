@@ -38,6 +38,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
         squeeze_norm=True,
         router_pool="none",
     ),
+    "maps-live-slow": _cbam2(
+        "the same, attention's learning rate a tenth",
+        {"attention_lr_scale": 0.1},
+        center_spatial=True,
+        learned_maps=4,
+        router_norm=True,
+        squeeze_norm=True,
+    ),
+    "maps-live-warm": _cbam2(
+        "the same, temperatures from 4",
+        center_spatial=True,
+        learned_maps=4,
+        router_norm=True,
+        squeeze_norm=True,
+        temperature=4.0,
+    ),
     "norm": _cbam2("spatial gate centred, squeezes normalised", center_spatial=True, squeeze_norm=True),
     "live": _cbam2("no learned maps, all else normalised", center_spatial=True, router_norm=True, squeeze_norm=True),
     # blocks that were tried before the options were made, see tried.py
