@@ -15,6 +15,7 @@ def _trial(about: str, recipe: dict[str, Any] | None = None, **options: Any) -> 
     return {"attention": "trial", "about": about, "trial": options, "recipe": recipe or {}}
 
 
+MAPS_LIVE: dict[str, Any] = dict(center_spatial=True, learned_maps=4, router_norm=True, squeeze_norm=True)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"attention": None, "about": "no attention"},
     "se": {"attention": "se", "about": "timm's squeeze-and-excitation"},
@@ -27,9 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "center-spatial": _cbam2("spatial gate centred", center_spatial=True),
     "maps": _cbam2("and four learned maps", center_spatial=True, learned_maps=4),
     "maps-route": _cbam2("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
-    "maps-live": _cbam2(
-        "and normalised squeezes", center_spatial=True, learned_maps=4, router_norm=True, squeeze_norm=True
-    ),
+    "maps-live": _cbam2("and normalised squeezes", **MAPS_LIVE),
     "maps-none": _cbam2(
         "and routing by position",
         center_spatial=True,
@@ -38,22 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
         squeeze_norm=True,
         router_pool="none",
     ),
-    "maps-live-slow": _cbam2(
-        "the same, attention's learning rate a tenth",
-        {"attention_lr_scale": 0.1},
-        center_spatial=True,
-        learned_maps=4,
-        router_norm=True,
-        squeeze_norm=True,
-    ),
-    "maps-live-warm": _cbam2(
-        "the same, temperatures from 4",
-        center_spatial=True,
-        learned_maps=4,
-        router_norm=True,
-        squeeze_norm=True,
-        temperature=4.0,
-    ),
+    "maps-live-slow": _cbam2("the same, attention's learning rate a tenth", {"attention_lr_scale": 0.1}, **MAPS_LIVE),
+    "maps-live-t4": _cbam2("the same, temperatures from 4", **MAPS_LIVE, temperature=4.0),
+    "maps-live-t10": _cbam2("the same, temperatures from 10", **MAPS_LIVE, temperature=10.0),
     "norm": _cbam2("spatial gate centred, squeezes normalised", center_spatial=True, squeeze_norm=True),
     "live": _cbam2("no learned maps, all else normalised", center_spatial=True, router_norm=True, squeeze_norm=True),
     # blocks that were tried before the options were made, see tried.py
