@@ -11,7 +11,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-from ...models.cbam2 import Cbam2, resolve_options
+from ...models.cbam2 import Cbam2, is_cbam2, resolve_options
 from ...models.convnext_cbam2 import ConvNeXtCbam2Block
 from ...models.resnet_cbam2 import CifarResNet, CifarResNetCbam2
 from .tried import Trial
@@ -95,5 +95,8 @@ def build(
     plain = make(VARIANTS["plain"], depth, stages, classes)
     torch.manual_seed(seed + 1000)  # of attention alone
     network = make(VARIANTS[variant], depth, stages, classes)
+    for block in network.modules():
+        if is_cbam2(block) and block.channel.norm is not None:
+            nn.init.constant_(block.channel.norm.weight, VARIANTS[variant].get("squeeze_gain", 1.0))
     network.load_state_dict(plain.state_dict() if weights is None else weights, strict=False)
     return network.to(memory_format=torch.channels_last)

@@ -29,6 +29,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "maps": _cbam2("and four learned maps", center_spatial=True, learned_maps=4),
     "maps-route": _cbam2("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
     "maps-live": _cbam2("and normalised squeezes", **MAPS_LIVE),
+    "maps-live-gentle": {
+        **_cbam2("the same, squeezes at a tenth of their spread at first", **MAPS_LIVE),
+        "squeeze_gain": 0.1,
+    },
+    "live-gentle": {
+        **_cbam2(
+            "no learned maps, squeezes at a tenth at first", center_spatial=True, router_norm=True, squeeze_norm=True
+        ),
+        "squeeze_gain": 0.1,
+    },
     "maps-none": _cbam2(
         "and routing by position",
         center_spatial=True,
