@@ -25,7 +25,9 @@ from .weights_cbam2 import WARM_START
 # isort: split
 # All else that these need: of a folder, older versions of transformers take along only what this file names itself.
 from .channel_cbam2 import ChannelAttn  # noqa: F401
+from .compiled_cbam2 import apply_masks  # noqa: F401
 from .decisions_cbam2 import DecisionNorm  # noqa: F401
+from .dense_cbam2 import coordinate_rows  # noqa: F401
 from .fused_cbam2 import fused  # noqa: F401
 from .options_cbam2 import check_options  # noqa: F401
 from .parts_cbam2 import Temperature  # noqa: F401

@@ -168,7 +168,7 @@ def _create_cifar(variant: str, /, pretrained: bool = False, **kwargs: Any) -> C
         **{"feature_cfg": dict(out_indices=(0, 1, 2, 3)), **kwargs},
     )
     if variant.endswith("_cbam2"):
-        if pretrained:
+        if pretrained and not isinstance(kwargs.get("pretrained_cfg"), Mapping):  # a folder tells its own options
             cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
             arguments["cbam2"] = {**_shipped_options(cfg.file), **(kwargs.get("cbam2") or {})}
         return build_twin(CifarResNetCbam2, variant, pretrained, **arguments)
