@@ -216,6 +216,15 @@ def test_absent_in_a_saved_configuration_means_off(tmp_path):
     assert _chosen(Cbam2Config.from_dict(config).model_args["cbam2"]) == OFF
 
 
+def test_a_model_of_given_sizes_becomes_torchscript():
+    """What it was built with, all lists of four, is not taken for the type of what it tells of itself."""
+    sizes = dict(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8))
+    model = timm.create_model("convnext_atto_cbam2", **sizes).eval()
+    assert model._model_args == {**sizes, "cbam2": model.cbam2_options}
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(torch.jit.script(model)(x), model(x))
+
+
 @pytest.mark.skipif(OLD_TIMM, reason="timm before 1.0.31 keeps no arguments")
 def test_timms_own_saving_tells_every_option(tmp_path):
     """What a model has that was made anew is written by timm, too, though its caller gave one option or none."""

@@ -133,6 +133,7 @@ def become_plain(model: nn.Module) -> None:
     dropped = ("cbam2", "cbam2_stages")
     arguments = {k: v for k, v in getattr(model, "_model_args", {}).items() if k not in dropped}
     model.__class__ = plain
+    model.__dict__.pop("_given_args", None)
     del model.cbam2_options
     tag = (cfg.get("tag") or "").removeprefix(WARM_START)
     _describe(model, cfg["architecture"].removesuffix("_cbam2"), tag, arguments)

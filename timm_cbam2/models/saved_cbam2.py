@@ -65,11 +65,13 @@ class TellsOptions(nn.Module):
 
     @property
     def _model_args(self) -> Dict[str, Any]:  # where timm's factory keeps what a model was built with
-        return {**self.__dict__.get("_model_args", {}), "cbam2": dict(self.cbam2_options)}
+        own = self.__dict__
+        return {**own.get("_given_args", own.get("_model_args", {})), "cbam2": dict(self.cbam2_options)}
 
     @_model_args.setter
     def _model_args(self, value: Dict[str, Any]) -> None:
-        self.__dict__["_model_args"] = value
+        self.__dict__.pop("_model_args", None)  # of a network that was a plain one; TorchScript would take its type
+        self.__dict__["_given_args"] = value
 
 
 def remembering(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
