@@ -5,6 +5,7 @@ import timm
 import torch
 from randomise import randomise
 
+import timm_cbam2.models.cbam2
 from timm_cbam2.hub.folder import save
 
 ARCHITECTURES = ["test_resnet_cbam2", "test_convnext_cbam2"]
@@ -17,6 +18,15 @@ def saved(request, tmp_path_factory):
     """(folder, model) of a network in which nothing is at its special starting value."""
     model = randomise(timm.create_model(request.param, num_classes=5, cbam2=OPTIONS)).eval()
     return save(model, tmp_path_factory.mktemp("models") / "model", label_names=NAMES), model
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often the lean path ran."""
+    counted = []
+    original = timm_cbam2.models.cbam2.fused
+    monkeypatch.setattr(timm_cbam2.models.cbam2, "fused", lambda *args: counted.append(1) or original(*args))
+    return counted
 
 
 @pytest.fixture(scope="module")

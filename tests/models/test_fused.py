@@ -7,7 +7,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-import timm_cbam2.models.cbam2
 from timm_cbam2 import Cbam2
 from timm_cbam2.models import passes_cbam2
 
@@ -36,15 +35,6 @@ def gradients(block, x, forward=None):
 def same(one, other, **tolerance):
     tolerance = tolerance or dict(rtol=1e-9, atol=1e-11)
     return all(torch.allclose(a, b, **tolerance) for a, b in zip(one, other, strict=True))
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the lean path ran."""
-    counted = []
-    original = timm_cbam2.models.cbam2.fused
-    monkeypatch.setattr(timm_cbam2.models.cbam2, "fused", lambda *args: counted.append(1) or original(*args))
-    return counted
 
 
 def test_it_is_used_and_keeps_one_full_size_tensor(calls):

@@ -7,7 +7,6 @@ import torch
 from randomise import randomise
 from torch.utils.checkpoint import checkpoint
 
-import timm_cbam2.models.cbam2
 from timm_cbam2 import Cbam2
 from timm_cbam2.models.decisions_cbam2 import DecisionNorm
 
@@ -51,15 +50,6 @@ def assert_as_plain(block, x, between=None, **tolerance):
     got, expected = passed(block, x, None, between), passed(twin, x, lambda x: plain(twin, x), between)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, **(tolerance or dict(rtol=1e-9, atol=1e-10)))
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """How often the lean path ran."""
-    counted = []
-    original = timm_cbam2.models.cbam2.fused
-    monkeypatch.setattr(timm_cbam2.models.cbam2, "fused", lambda *args: counted.append(1) or original(*args))
-    return counted
 
 
 @pytest.mark.parametrize("training", [True, False])
