@@ -40,9 +40,21 @@ def triton():
     pytest.importorskip("triton", reason="Triton is not installed here")
 
 
-def test_in_the_interpreter(environment):
+def test_in_the_interpreter(environment, request):
     """A process of its own, since Triton decides when it is imported."""
-    words = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", HERE / "interpreted_triton.py"]
+    warned = [f"-W{given}" for given in request.config.getoption("pythonwarnings") or ()]
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        *warned,
+        HERE / "interpreted_triton.py",
+    ]
     done = subprocess.run(words, capture_output=True, text=True, env={**environment, "TRITON_INTERPRET": "1"})
     assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout[-5000:]
 

@@ -183,6 +183,15 @@ def test_from_timm(saved, images):
         Cbam2Model.from_timm(timm.create_model("test_resnet"))
 
 
+@pytest.mark.parametrize("name", ["test_resnet_cbam2", "test_convnext_cbam2", "resnet20_cbam2"])
+def test_from_timm_takes_the_model_as_it_is_now(name, images):
+    model = timm.create_model(name, drop_path_rate=0.1)
+    model.reset_classifier(5, "max")
+    taken = Cbam2ForImageClassification.from_timm(model.eval())
+    assert torch.equal(taken(images).logits, model(images))
+    assert taken.config.model_args["drop_path_rate"] == 0.1  # its training may go on
+
+
 def test_attentions(saved, images):
     model = AutoModelForImageClassification.from_pretrained(saved[0])
     output = model(images, output_attentions=True)

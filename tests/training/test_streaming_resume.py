@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from timm_cbam2.data import shards, stream
+from timm_cbam2.data import shards, stream, stream_loader
 from timm_cbam2.data.reading import read_image
 from timm_cbam2.data.sources import images_of_run
 from timm_cbam2.errors import UserError, one_line
@@ -83,7 +83,7 @@ def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, w
 
         def loader_of(process, samples=samples, size=size):
             dataset = stream.StreamedImages(samples, CONFIG, "none", 3, False, (process, processes))
-            return stream.make_stream_loader(dataset, size, workers), dataset
+            return stream_loader.make_stream_loader(dataset, size, workers), dataset
 
         seen = [[], []]
         for process in range(processes):
@@ -99,10 +99,10 @@ def test_no_image_is_lost_or_given_twice(write_shards, monkeypatch, processes, w
                 dataset.set_epoch(1)
                 batches = iter(broken)
                 first = numbers([next(batches) for _ in range(done)])
-                place = pickle.dumps(stream.place(broken))
+                place = pickle.dumps(stream_loader.place(broken))
                 resumed, dataset = loader_of(process)
                 dataset.set_epoch(1)
-                stream.load_place(resumed, pickle.loads(place))
+                stream_loader.load_place(resumed, pickle.loads(place))
                 assert first + numbers(resumed) == epochs[0], (folder, done)
                 dataset.set_epoch(2)
                 assert numbers(resumed) == epochs[1]
@@ -152,12 +152,12 @@ def test_a_place_that_is_none(write_shards, tmp_path, workers):
     def make():
         dataset = stream.StreamedImages(samples, CONFIG, "none", 3, False, (0, 1))
         dataset.set_epoch(1)
-        return stream.make_stream_loader(dataset, 2, workers)
+        return stream_loader.make_stream_loader(dataset, 2, workers)
 
     loader = make()
     batches = iter(loader)
     seen = [next(batches) for _ in range(2)]
-    whole, said = stream.place(loader), []
+    whole, said = stream_loader.place(loader), []
     rest = numbers(batches)
     # Processes take their time to start: a few of them will do.
     values = ("x",) if workers else ("x", None, -1, 10**9, 0.5, [], {}, {"a": 1})
@@ -166,8 +166,8 @@ def test_a_place_that_is_none(write_shards, tmp_path, workers):
             continue
         try:
             with fitting(tmp_path / "position"):
-                stream.load_place(loader := make(), place)
-            got = numbers(going_on(stream.in_turns(loader, len(rest) // 2), tmp_path / "position"))
+                stream_loader.load_place(loader := make(), place)
+            got = numbers(going_on(stream_loader.in_turns(loader, len(rest) // 2), tmp_path / "position"))
             assert number or got == rest, "the place as it was"
         except UserError as error:
             assert "\n" not in one_line(error), place

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-import warnings
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Iterator
@@ -17,23 +17,23 @@ from ..errors import UserError, one_line, require
 from ..models.reach_cbam2 import unreachable
 from .built_in import BUILT_IN
 from .images import SPLITS, Images, Samples, is_held_out, parse_val_split
-from .loading import build_transform, seeded, start_worker
+from .loading import build_transform, seeded
 from .reading import UNREADABLE, read_image
 from .stream_labels import describe
 from .tables import choose_columns
 
-__all__ = ["StreamedImages", "find_stream", "in_turns", "load_place", "make_stream_loader", "place"]
+__all__ = ["StreamedImages", "find_stream"]
 
 NAMED, NAME_BYTES = 16, 240  # unreadable images that each worker keeps the names of
 SHUFFLE_BUFFER = 2000  # images, undecoded, that are read and then given in an order of their own
 
 
 class StreamSamples(Samples):
-    """A split that is only read as it is used: its size and its rows, no labels in advance."""
+    """A split that is only read as it is used: its size and its rows that `keep` keeps, no labels in advance."""
 
-    def __init__(self, table: Any, count: int, columns: tuple[str, str], index: dict[Any, int]):
+    def __init__(self, table: Any, count: int, columns: tuple[str, str], index: dict[Any, int], keep: Any = None):
         super().__init__([], [])
-        self.table, self.count, self.columns, self.index = table, count, columns, index
+        self.table, self.count, self.columns, self.index, self.keep = table, count, columns, index, keep
 
     def __len__(self) -> int:
         return self.count
@@ -80,19 +80,19 @@ def find_stream(data: str, image_column: str | None, label_column: str | None, v
         raise UserError(f"--data {data}: its files do not describe their columns: give parquet or tar files to stream")
     columns = choose_columns(data, tables["train"], image_column, label_column)
     classes, index, counts = describe(data, tables, columns[1])
-    # Undecoded, before anything is filtered: filters decode.
     tables = {split: table.cast_column(columns[0], datasets.Image(decode=False)) for split, table in tables.items()}
+    keep: dict[str, Any] = {}
     notes = [f"streamed: files come in another order each epoch, and {SHUFFLE_BUFFER} images at a time are shuffled"]
     if "val" not in tables:
         if last:
             raise UserError(f"--val-split {val_split}: with --streaming give a share, or data with a val split")
-        table, total = tables["train"], counts["train"]
-        tables["val"] = table.filter(lambda row: is_held_out(_content(row, columns[0]), share))
-        tables["train"] = table.filter(lambda row: not is_held_out(_content(row, columns[0]), share))
+        tables["val"], total = tables["train"], counts["train"]
+        keep = {"train": partial(_is_held_out, columns[0], share, False)}
+        keep["val"] = partial(_is_held_out, columns[0], share, True)
         counts["val"] = min(max(round(total * share), 1), total - 1)
         counts["train"] = total - counts["val"]
         notes.append(f"no val split: about {100 * share:g} % of the images, told by their content, are held out")
-    splits = {split: StreamSamples(tables[split], n, columns, index) for split, n in counts.items()}
+    splits = {split: StreamSamples(tables[split], n, columns, index, keep.get(split)) for split, n in counts.items()}
     return Images(path.resolve().stem if path.exists() else data.replace("/", "_"), classes, splits, notes)
 
 
@@ -100,6 +100,10 @@ def _content(row: dict[str, Any], column: str) -> Any:
     """What PIL can open."""
     image = row[column] or {}
     return image.get("bytes") or image.get("path") or b""
+
+
+def _is_held_out(column: str, share: float, wanted: bool, row: dict[str, Any]) -> bool:
+    return is_held_out(_content(row, column), share) is wanted
 
 
 class StreamedImages(IterableDataset):
@@ -192,12 +196,13 @@ class StreamedImages(IterableDataset):
     def _rows(self, stream: tuple[int, ...]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Numbered rows of this share; when training, in the order that `stream` and the number of a block give."""
         if not self.training:
-            yield from enumerate(self.table)
+            yield from enumerate(filter(self.samples.keep, self.table))
             return
         self.state, self.loaded = self.loaded or {"table": None, "block": 0, "given": 0}, None
         if self.state["table"] is not None:
             self.table.load_state_dict(self.state["table"])
-        rows = iter(self.table)
+        # The state of a filter of `datasets` itself loses rows in datasets 4.0.
+        rows = filter(self.samples.keep, self.table)
         while block := list(islice(rows, SHUFFLE_BUFFER)):
             number = self.state["block"]
             after = {"table": self.table.state_dict(), "block": number + 1, "given": 0}
@@ -235,66 +240,3 @@ class StreamedImages(IterableDataset):
             with seeded(*stream, number):
                 tensor = self.transform(image)
             yield tensor, label, -1
-
-
-def make_stream_loader(dataset: StreamedImages, batch_size: int, workers: int) -> Any:
-    """torchdata's loader, which knows where each of its worker processes is.
-
-    Raises:
-        UserError: torchdata is not installed.
-    """
-    require("torchdata", extra="stream")
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    # torchdata 0.11 calls what torch 2.14 has deprecated.
-    warnings.filterwarnings("ignore", message="'set_vital' is deprecated")
-    shards = getattr(dataset.table, "num_shards", 1)
-    return StatefulDataLoader(
-        dataset,
-        batch_size=batch_size,
-        num_workers=min(workers, shards),
-        drop_last=dataset.training,
-        worker_init_fn=start_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
-
-
-def place(loader: Any) -> tuple[int, Any]:
-    """Where each worker of a stream's loader is, to go on from with `load_place`."""
-    return loader.num_workers, loader.state_dict()
-
-
-def load_place(loader: Any, saved: tuple[int, Any]) -> None:
-    """Go on from there at the next iteration.
-
-    Raises:
-        UserError: there was another number of workers.
-    """
-    workers, state = saved
-    if workers != loader.num_workers:
-        raise UserError(
-            f"cannot resume: --workers was {workers} and is now {loader.num_workers}, and each has its own place in "
-            f"the stream: give --workers {workers}"
-        )
-    loader.load_state_dict(state)
-
-
-def in_turns(loader: Any, count: int) -> Iterator[Any]:
-    """`count` batches; a share that is a little smaller than the others' starts again.
-
-    Raises:
-        UserError: the share makes no batch at all.
-    """
-    made, idle = 0, False
-    while made < count:
-        before = made
-        for batch in loader:
-            yield batch
-            made += 1
-            if made == count:
-                return
-        if idle and made == before:
-            raise UserError(
-                f"a process's share of the stream makes no batch of {loader.batch_size}: lower --batch-size"
-            )
-        idle = made == before

@@ -205,8 +205,6 @@ def _complete_config(path: Path, model: nn.Module, tag: str) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     arguments = config.setdefault("model_args", {})
     arguments.pop("num_classes", None)  # stands at the top level; transformers' own wrapper fails on a second one
-    if getattr(model, "cbam2_options", None) is not None:
-        arguments["cbam2"] = dict(model.cbam2_options)  # resolved: a later default must not change this model
     if getattr(model, "multi_label", False):
         config["problem_type"] = MULTI_LABEL
     cfg = config["pretrained_cfg"]

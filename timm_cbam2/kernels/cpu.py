@@ -135,10 +135,10 @@ def _build(library: Path, flags: list[str]) -> None:
     """Build and load it. It appears under its name when it is whole, so that a killed build leaves nothing to wait
     for, as torch's own lock would."""
     log = logging.getLogger("torch.utils.cpp_extension")
-    log.disabled = True  # importing it warns where CUDA has no device, which does not matter here
+    # It warns where CUDA has no device, which does not matter here; where there is no compiler, torch 2.8 fails at it.
+    log.disabled = True
     from torch.utils import cpp_extension
 
-    log.disabled = False
     ninja, path = _ninja(), os.environ.get("PATH", os.defpath)
     try:
         os.environ["PATH"] = path if ninja is None else f"{path}{os.pathsep}{Path(ninja).parent}"  # torch looks there
@@ -159,4 +159,4 @@ def _build(library: Path, flags: list[str]) -> None:
             "without it everything works, only slower."
         ) from error
     finally:
-        os.environ["PATH"] = path
+        log.disabled, os.environ["PATH"] = False, path

@@ -190,7 +190,10 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "config.json"
             write_config(model, path)
-            return cls.from_dict({**json.loads(path.read_text(encoding="utf-8")), **cls._resolved(model)})
+            written = json.loads(path.read_text(encoding="utf-8"))
+        # timm writes no rates of dropping, which are of a training: it may go on in transformers.
+        arguments = {**getattr(model, "_model_args", {}), **written.get("model_args", {})}
+        return cls.from_dict({**written, "model_args": arguments})
 
     @classmethod
     def of_twin(cls, name: Any, **kwargs: Any) -> tuple["Cbam2Config", dict[str, Any]] | None:
@@ -213,12 +216,6 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         arguments = dict(found.get("model_args") or {})
         found["model_args"] = {**arguments, "cbam2": resolve_options(arguments.get("cbam2"))}  # the attention is new
         return cls.from_dict(found, return_unused_kwargs=True, **kwargs)
-
-    @staticmethod
-    def _resolved(model: nn.Module) -> dict[str, Any]:
-        """timm keeps only the `cbam2` that the caller passed, not what it resolved to."""
-        arguments = {**getattr(model, "_model_args", {}), "cbam2": dict(getattr(model, "cbam2_options", None) or {})}
-        return {"model_args": arguments}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

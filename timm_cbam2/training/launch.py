@@ -63,6 +63,8 @@ def launch(processes: int, cpu: bool) -> int:
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed"):
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)  # the reason is ours to tell, once
+    # For a process to save in, once told to stop; torch 2.8 gives 30 seconds, always.
+    patience = {"shutdown_timeout": 60} if hasattr(LaunchConfig, "shutdown_timeout") else {}
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -72,7 +74,7 @@ def launch(processes: int, cpu: bool) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        shutdown_timeout=60,
+        **patience,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "timm_cbam2.finetune", *arguments)

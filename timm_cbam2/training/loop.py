@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..data.images import Images
 from ..data.loading import kept_quiet, seeded
-from ..data.stream import in_turns, load_place, place
+from ..data.stream_loader import in_turns, load_place, place
 from ..errors import Stopped
 from .checkpoint import Checkpoints, Position
 from .finish import draw_curves, finish, push_best

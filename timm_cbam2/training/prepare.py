@@ -19,7 +19,8 @@ from ..data.folders import FileSamples
 from ..data.images import Images
 from ..data.loading import ImageDataset, data_config, make_loader
 from ..data.sources import images_of_run
-from ..data.stream import StreamedImages, find_stream, make_stream_loader
+from ..data.stream import StreamedImages, find_stream
+from ..data.stream_loader import make_stream_loader
 from ..errors import UserError, one_line
 from ..hub.zoo import class_names, load, pretrained_tags, resolve
 from ..models.passes_cbam2 import registered
