@@ -6,9 +6,10 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.passes_cbam2 import Affine, End, Small
+from .cpu_networks import KernelChannel, KernelSpatial, serves
 
 __all__ = ["KernelPasses", "is_dense"]
 
@@ -29,6 +30,12 @@ class KernelPasses:
         self.affine, self.kernel = affine, kernel
         self.order = torch.contiguous_format if self.x.is_contiguous() else torch.channels_last
         self.again = functools.partial(KernelPasses, kernel=kernel)
+
+    def networks(self, block: nn.Module) -> tuple[KernelChannel, KernelSpatial] | None:
+        """Who computes the block's small networks: the kernel, unless torch must."""
+        if not serves(block):
+            return None
+        return KernelChannel(self.kernel, block.channel), KernelSpatial(self.kernel, block.spatial)
 
     def _laid_out(self, t: Tensor) -> Tensor:
         return t.resolve_neg().contiguous(memory_format=self.order)

@@ -34,8 +34,9 @@ from .parts_cbam2 import Temperature  # noqa: F401
 from .passes_cbam2 import passes_for  # noqa: F401
 from .reach_cbam2 import promptly  # noqa: F401
 from .residual_cbam2 import branch_end  # noqa: F401
-from .small_backward_cbam2 import channel_backward  # noqa: F401
+from .small_backward_cbam2 import ChannelByHand  # noqa: F401
 from .small_cbam2 import channel_mask  # noqa: F401
+from .small_networks_cbam2 import networks_for  # noqa: F401
 from .spatial_cbam2 import SpatialAttn  # noqa: F401
 from .twins_cbam2 import entrypoint_arguments  # noqa: F401
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from .parts_cbam2 import coordinates
 
 __all__ = [
+    "branch_shapes",
     "coordinate_rows",
     "coordinate_windows",
     "dense_kernels",
@@ -49,7 +50,7 @@ def dense_kernels(part: nn.Module, own: Mapping[str, torch.Tensor], dtype: torch
         return own["conv.weight"].to(dtype), None
     count = len(part.branches)
     weights = [own[f"branches.{i}.dw.weight"].flatten(1) for i in range(count)]
-    places = _tap_places(_shapes(part), part.footprint, weights[0].device, torch.is_inference_mode_enabled())[0]
+    places = _tap_places(branch_shapes(part), part.footprint, weights[0].device, torch.is_inference_mode_enabled())[0]
     taps = F.pad(torch.cat(weights, 1).to(dtype), [0, 1])  # (S, taps + 1), the last one 0
     scale = torch.cat([own[f"branches.{i}.pw.weight"].flatten(1) for i in range(count)]).to(dtype)  # (K, S)
     spread = taps.index_select(1, places).view(taps.shape[0], count, -1).transpose(0, 1)  # (K, S, f·f)
@@ -64,9 +65,9 @@ def dense_kernels_backward(
         return {"conv.weight": g}
     spread, scale = kept
     g = g.flatten(2)  # (K, S, f·f)
-    inverse = _tap_places(_shapes(part), part.footprint, g.device, torch.is_inference_mode_enabled())[1]
+    inverse = _tap_places(branch_shapes(part), part.footprint, g.device, torch.is_inference_mode_enabled())[1]
     by_tap = (g * scale[:, :, None]).transpose(0, 1).flatten(1).index_select(1, inverse)  # (S, taps)
-    by_branch = by_tap.split([size * size for size, _ in _shapes(part)], 1)
+    by_branch = by_tap.split([size * size for size, _ in branch_shapes(part)], 1)
     g_scale = (g * spread).sum(2)
     grads = {}
     for i, taps in enumerate(by_branch):
@@ -75,7 +76,8 @@ def dense_kernels_backward(
     return grads
 
 
-def _shapes(part: nn.Module) -> Tuple[Tuple[int, int], ...]:
+def branch_shapes(part: nn.Module) -> Tuple[Tuple[int, int], ...]:
+    """Kernel size and dilation of each branch; none once they are merged."""
     return tuple((branch.dw.kernel_size[0], branch.dilation) for branch in part.branches)
 
 

@@ -1,12 +1,11 @@
 """The whole CBAM2 block, and what a residual block does around it, as one autograd function.
 
 Written literally the end of a residual branch (BatchNorm, attention, layer-scale, shortcut, activation) makes a dozen
-passes over full-size tensors and autograd keeps many of them. This keeps one and a few small tensors. The small
-networks between the passes are differentiated by autograd as they are, and the passes by the formulas in
-`passes_cbam2`.
+passes over full-size tensors and autograd keeps many of them. This keeps one and a few small tensors. The passes are
+differentiated by the formulas in `passes_cbam2`, the small networks between them as `small_networks_cbam2` says.
 """
 
-from typing import Any, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -19,8 +18,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from .decisions_cbam2 import DecisionNorm, Measure, measured_by, measures
 from .parts_cbam2 import has_hooks, no_autocast
 from .passes_cbam2 import Affine, End, Small, passes_for
-from .small_backward_cbam2 import channel_backward, spatial_backward
-from .small_cbam2 import channel_mask, channel_weights, kept_spatial_weights, spatial_mask, spatial_weights
+from .small_networks_cbam2 import networks_for
 
 __all__ = ["can_fuse", "fused", "fused_without_grad", "needs_gradient", "train_affine"]
 
@@ -66,44 +64,25 @@ class _Call(NamedTuple):
     norm: Optional[nn.Module] = None  # a BatchNorm that x has yet to pass
     names: Tuple[str, ...] = ()  # of the parameters of the channel part, then of the spatial part
     channel_parameters: int = 0
-    by_hand: bool = False  # the small networks need no graph
     found: Mapping[str, Measure] = {}  # what norms of decisions measure by
 
-
-class _Graphs(NamedTuple):
-    """The squeezes and the masks made of them, as autograd knows them."""
-
-    squeezes: torch.Tensor  # (B, 2, C)
-    ca: torch.Tensor  # (B, C)
-    maps: torch.Tensor  # (B, 2 + P, H, W)
-    sa: torch.Tensor  # (B, H, W)
+    def own(self, parameters: Sequence[torch.Tensor], of_spatial: bool) -> Dict[str, torch.Tensor]:
+        """Those of one part, by name."""
+        mine = slice(self.channel_parameters, None) if of_spatial else slice(self.channel_parameters)
+        return dict(zip(self.names[mine], parameters[mine]))
 
 
-def _channel(call: _Call, squeezes: torch.Tensor) -> torch.Tensor:
-    part = call.block.channel
-    return channel_mask(part, channel_weights(part, squeezes.dtype), squeezes)
-
-
-def _spatial(call: _Call, maps: torch.Tensor, convolve: Any) -> torch.Tensor:
-    part = call.block.spatial
-    weigh = kept_spatial_weights if not (torch.is_grad_enabled() or call.by_hand) else spatial_weights
-    height, width = maps.shape[2:]
-    sa = spatial_mask(part, weigh(part, height, width, maps.dtype), maps, convolve)
-    return sa if call.drop is None else sa * call.drop.to(sa.dtype)[:, None, None]
-
-
-def _forward(call: _Call, passes: Any, end: End, with_grad: bool) -> Tuple[torch.Tensor, Small, Optional[_Graphs]]:
-    """The output, the small tensors, and their graphs where they are needed and were not left for the backward."""
+def _forward(call: _Call, passes: Any, end: End, networks: Sequence[Any], parameters: Sequence) -> Tuple[Any, Small]:
+    """The output and the small tensors."""
+    channel, spatial = networks
     squeezes = passes.squeeze()
-    with torch.set_grad_enabled(with_grad):
-        ca = _channel(call, squeezes.requires_grad_(with_grad))
+    ca = channel.forward(call.own(parameters, False), squeezes)
     learned = call.block.spatial.learned
     weight = () if learned is None else (learned.conv.weight.detach().flatten(1).to(ca.dtype),)
-    maps = passes.maps(ca.detach(), *weight)
-    with torch.set_grad_enabled(with_grad):
-        sa = _spatial(call, maps.requires_grad_(with_grad), passes.convolve)
-    small = Small(squeezes.detach(), ca.detach(), maps.detach(), sa.detach())
-    return passes.finish(small.ca, small.sa, end), small, _Graphs(squeezes, ca, maps, sa)
+    maps = passes.maps(ca, *weight)
+    sa = spatial.forward(call.own(parameters, True), maps)
+    sa = sa if call.drop is None else sa * call.drop.to(sa.dtype)[:, None, None]
+    return passes.finish(ca, sa, end), Small(squeezes, ca, maps, sa)
 
 
 def _train_norm(norm: nn.Module, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -132,8 +111,9 @@ class _Cbam2Function(torch.autograd.Function):
             normalised, mean, invstd = _train_norm(call.norm, x)
             passes = passes_for(normalised, owned=True, learned=learned)
         end = End(shortcut, gamma, call.relu, call.drop is not None)
-        out, small, graphs = _forward(call, passes, end, with_grad=not call.by_hand)
-        ctx.call, ctx.small, ctx.graphs, ctx.again = call, small, graphs, passes.again
+        ctx.networks = networks_for(call.block, passes, call.names)
+        out, ctx.small = _forward(call, passes, end, ctx.networks, rest)
+        ctx.call, ctx.again = call, passes.again
         kept = out if call.relu else None
         ctx.save_for_backward(x, shortcut, gamma, weight, bias, mean, invstd, kept, *rest)
         return out
@@ -146,9 +126,11 @@ class _Cbam2Function(torch.autograd.Function):
         affine = None if mean is None else train_affine(weight, bias, mean, invstd)
         passes = ctx.again(x, affine)  # as in the forward pass, whatever was switched on or off since
         g_sa = passes.start_backward(g, ctx.small, gamma, out)
-        g_maps, spatial_grads = _small_backward(ctx, True, parameters, g_sa, passes)
+        if ctx.call.drop is not None:
+            g_sa.mul_(ctx.call.drop.to(g_sa.dtype)[:, None, None])
+        g_maps, spatial_grads = _small_backward(ctx, True, parameters, g_sa)
         g_ca, spatial_grads = _channel_gradient(ctx, parameters, g_maps, passes, spatial_grads)
-        g_squeezes, channel_grads = _small_backward(ctx, False, parameters, g_ca, passes)
+        g_squeezes, channel_grads = _small_backward(ctx, False, parameters, g_ca)
         g_gamma = passes.gamma_gradient() if ctx.needs_input_grad[3] else None
         g_x = g_weight = g_bias = None
         if ctx.needs_input_grad[1] or affine is not None:
@@ -172,34 +154,16 @@ def _channel_gradient(ctx: Any, parameters: Sequence, g_maps: torch.Tensor, pass
     return g_ca, [*grads[:at], found, *grads[at + 1 :]]
 
 
-def _small_backward(ctx: Any, is_spatial: bool, parameters: Sequence, g: torch.Tensor, passes: Any) -> Tuple:
+def _small_backward(ctx: Any, of_spatial: bool, parameters: Sequence, g: torch.Tensor) -> Tuple[torch.Tensor, List]:
     """Of one of the small networks: the gradient of its squeezes, and those of its parameters, None where none is
     needed."""
-    call, count = ctx.call, ctx.call.channel_parameters
-    own = slice(count, None) if is_spatial else slice(count)
-    mine, needs = parameters[own], ctx.needs_input_grad[6:][own]
-    if not call.by_hand:
-        squeezes, ca, maps, sa = ctx.graphs
-        return _differentiate(sa if is_spatial else ca, maps if is_spatial else squeezes, mine, needs, g)
-    named = dict(zip(call.names[own], mine))
-    prefix = "spatial." if is_spatial else "channel."
+    call = ctx.call
+    own, prefix = call.own(parameters, of_spatial), "spatial." if of_spatial else "channel."
     found = {name[len(prefix) :]: measure for name, measure in call.found.items() if name.startswith(prefix)}
-    if is_spatial:
-        g_in, grads = spatial_backward(call.block.spatial, named, found, ctx.small.maps, g, call.drop, passes.kernel)
-    else:
-        g_in, grads = channel_backward(call.block.channel, named, found, ctx.small.squeezes, g)
-    needs = [need and name != LEARNED for name, need in zip(named, needs)]  # that one is found by a pass
-    wanted = [grads[name].to(p.dtype) if need else None for (name, p), need in zip(named.items(), needs)]
-    return g_in, wanted
-
-
-def _differentiate(output: torch.Tensor, squeezes: torch.Tensor, parameters: Sequence, needs: Sequence, g: Any) -> Any:
-    """The same by autograd, for weights that are made of others."""
-    needed = [p for p, need in zip(parameters, needs) if need]
-    found = torch.autograd.grad(output, [squeezes, *needed], g, retain_graph=True, allow_unused=True)
-    rest = iter(found[1:])
-    first = torch.zeros_like(squeezes) if found[0] is None else found[0]
-    return first, [next(rest) if need else None for need in needs]
+    g_in, grads = ctx.networks[of_spatial].backward(own, found, g)
+    needs = ctx.needs_input_grad[6 + (call.channel_parameters if of_spatial else 0) :]
+    needs = [need and name != LEARNED for name, need in zip(own, needs)]  # that one is found by a pass
+    return g_in, [grads[name].to(p.dtype) if need else None for (name, p), need in zip(own.items(), needs)]
 
 
 class _Plain(nn.Module):
@@ -250,6 +214,13 @@ def needs_gradient(block: nn.Module, *inputs: Optional[torch.Tensor]) -> bool:
     )
 
 
+def _named(block: nn.Module) -> Tuple[Tuple[str, ...], Tuple[torch.Tensor, ...], int]:
+    """Names and parameters of the channel part, then of the spatial part, and how many are the first's."""
+    channel = list(block.channel.named_parameters())
+    names, parameters = zip(*channel, *block.spatial.named_parameters())
+    return names, parameters, len(channel)
+
+
 def fused(
     block: nn.Module,
     x: torch.Tensor,
@@ -266,14 +237,12 @@ def fused(
         drop: (B,), what stochastic depth multiplies each sample's branch by.
         norm: A BatchNorm in training, which x has yet to pass.
     """
-    named = [list(part.named_parameters()) for part in (block.channel, block.spatial)]
-    names = tuple(name for part in named for name, _ in part)
-    by_hand = not any("parametrizations" in name for name in names)
     found = measures(block, x.shape[0], x.shape[2] * x.shape[3])
-    call = _Call(block, end.relu, drop, norm, names, len(named[0]), by_hand, found)
+    names, parameters, count = _named(block)
+    call = _Call(block, end.relu, drop, norm, names, count, found)
     weights = (None, None) if norm is None else (norm.weight, norm.bias)
     with no_autocast(x):
-        inputs = (x, end.shortcut, end.gamma, *weights, *(p for part in named for _, p in part))
+        inputs = (x, end.shortcut, end.gamma, *weights, *parameters)
         return _Cbam2Function.apply(call, *inputs)
 
 
@@ -289,4 +258,6 @@ def fused_without_grad(
     """
     with torch.no_grad(), no_autocast(x):
         passes = passes_for(x, affine, owned, learned=block.spatial.learned is not None)
-        return _forward(_Call(block), passes, end, with_grad=False)[0]
+        names, parameters, count = ((), (), 0) if passes.kernel is None else _named(block)
+        call = _Call(block, names=names, channel_parameters=count)
+        return _forward(call, passes, end, networks_for(block, passes, names, with_grad=False), parameters)[0]

@@ -4,12 +4,9 @@
 #include <torch/library.h>
 
 #include "backward.h"
-#include "convolution.h"
+#include "spatial.h"
 
 namespace {
-
-using Optional = std::optional<Tensor>;
-using Optionals = c10::List<Optional>;
 
 #define BOTH_LAYOUTS(s, normed, ...)                                                                   \
   if ((s).channel_is_inner && (normed)) { constexpr bool inner = true, norm = true; __VA_ARGS__; }     \
@@ -173,6 +170,21 @@ TORCH_LIBRARY(timm_cbam2_cpu, m) {
       "input_gradient(Tensor g, Tensor z, Tensor?[] norm, Tensor? gamma, Tensor[] small, Tensor g_avg, Tensor g_max, "
       "Tensor?[] by_channel, Tensor? g_learned, Tensor? learned) -> Tensor",
       &input_gradient);
+  m.def(
+      "channel(Tensor squeezes, Tensor?[] weights, int gate, bool center, bool learnable, float eps) -> Tensor[]",
+      &channel);
+  m.def(
+      "channel_backward(Tensor g, Tensor squeezes, Tensor?[] weights, Tensor[] kept, int gate, bool center, "
+      "bool learnable, float eps) -> Tensor[]",
+      &channel_backward);
+  m.def(
+      "spatial(Tensor maps, Tensor?[] weights, int[] shapes, int taps, Tensor[] windows, bool moments, int gate, "
+      "bool center, bool learnable, float eps) -> Tensor[]",
+      &spatial);
+  m.def(
+      "spatial_backward(Tensor g, Tensor maps, Tensor?[] weights, Tensor[] kept, int[] shapes, int taps, "
+      "Tensor[] windows, bool moments, int gate, bool center, bool learnable, float eps) -> Tensor[]",
+      &spatial_backward);
   m.def("convolve(Tensor maps, Tensor kernels) -> Tensor", &convolve);
   m.def("convolve_backward(Tensor g, Tensor maps, Tensor kernels) -> Tensor[]", &convolve_backward);
 }
