@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 
 from timm_cbam2.training.recipe import RECIPES
 
-# Accelerate takes FSDP for GPUs only, though torch's runs on CPUs as well: this makes it take it here.
+# Accelerate takes FSDP for GPUs only, though torch's runs on CPUs as well: this makes it take it here. There, gloo of
+# torch 2.8 gives the sum of gradients where their mean is asked for; dividing is then left to FSDP itself.
 DIVIDED = """
 import sys
+import torch.distributed.fsdp as fsdp
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 begin = AcceleratorState.__init__
@@ -27,6 +29,13 @@ def divided(self, *args, fsdp_plugin=None, **kwargs):
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
         PartialState().distributed_type = DistributedType.FSDP
 AcceleratorState.__init__ = divided
+shard = fsdp.fully_shard
+def dividing(modules, **kwargs):
+    made = shard(modules, **kwargs)
+    for module in made if isinstance(made, list) else [made]:
+        module.set_force_sum_reduction_for_comms(True)
+    return made
+fsdp.fully_shard = dividing
 from timm_cbam2.cli import main
 sys.argv[0] = "timm-cbam2"
 main()

@@ -20,9 +20,11 @@ UNIFORM = 0.9995, 0.002  # entropy above and spread below which there is one
 
 
 @torch.no_grad()
-def _whole(temperature: Tensor) -> float:
-    """A temperature (1,), which one of the processes holds where they divide the model."""
-    return round((temperature.full_tensor() if isinstance(temperature, DTensor) else temperature).item(), 5)
+def _temperature(part: nn.Module) -> float:
+    """That of a gate. Where processes divide the model, one of them holds it, and torch 2.8 has no softplus of that."""
+    own = part.temperature.state_dict()
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in own.items()}
+    return round(torch.func.functional_call(part.temperature, whole, torch.float32).item(), 5)
 
 
 def measure(network: nn.Module, images: Tensor) -> dict[str, Any] | None:
@@ -91,7 +93,7 @@ def _block(block: nn.Module, seen: CbamAttention) -> dict[str, Any]:
         "branch_names": branch_names(block),
         **_saturated("channel", seen.channel_mask, block.channel.gate),
         **_saturated("spatial", seen.spatial_mask, block.spatial.gate),
-        "temperatures": [_whole(part.temperature(torch.float32)) for part in (block.channel, block.spatial)],
+        "temperatures": [_temperature(part) for part in (block.channel, block.spatial)],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,10 @@ __all__ = ["load_divided", "save_divided"]
 
 PARTS = ("model", "optimizer")
 TREE = "tree.json"  # of a folder of shards: all but its tensors
+# The writer's option with which each process writes its own part; torch 2.8 has the other name.
+OWN_PART = next(
+    word for word in ("save_distributed", "save_sharded") if word in signature(HuggingFaceStorageWriter).parameters
+)
 
 
 def save_divided(accelerator: Any, folder: Path) -> None:
@@ -35,7 +40,7 @@ def save_divided(accelerator: Any, folder: Path) -> None:
                 write_state(state, folder / f"{name}.safetensors")
             continue
         tree, tensors = pack(state)
-        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / name), save_distributed=True))
+        save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder / name), **{OWN_PART: True}))
         if accelerator.is_main_process:
             (folder / name / TREE).write_text(json.dumps(tree), encoding="utf-8")
 
