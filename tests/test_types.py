@@ -27,7 +27,8 @@ def mypy(tmp_path_factory):
     cache = tmp_path_factory.mktemp("mypy")
 
     def call(*args):
-        command = [sys.executable, "-m", "mypy", "--config-file", "pyproject.toml", "--cache-dir", cache, *args]
+        settings = ["--config-file", "pyproject.toml", "--untyped-calls-exclude=safetensors"]  # 0.6 types none of them
+        command = [sys.executable, "-m", "mypy", *settings, "--cache-dir", cache, *args]
         done = subprocess.run([str(word) for word in command], cwd=ROOT, capture_output=True, text=True)
         return [line for line in done.stdout.splitlines() if ": error:" in line], done
 

@@ -191,7 +191,8 @@ class SpatialByHand:
     """
 
     def __init__(self, part: nn.Module, convolutions: Any = None) -> None:
-        self.part, self.convolutions, self.norm = part, convolutions, None
+        self.part, self.convolutions = part, convolutions
+        self.norm: Optional[_Norm] = None
 
     def forward(self, own: Own, maps: torch.Tensor) -> torch.Tensor:
         """The mask."""
