@@ -8,7 +8,7 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from timm_cbam2 import Cbam2
-from timm_cbam2.models import passes_cbam2
+from timm_cbam2.models import pieces_cbam2
 
 SHAPE = (3, 6, 7, 5)
 
@@ -52,7 +52,7 @@ def test_it_is_used_and_keeps_one_full_size_tensor(calls):
 @pytest.mark.parametrize("chunk_bytes", [1, 2 * 6 * 7 * 5 * 8, 2**21])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_gradients_equal_the_plain_path_for_any_chunk(chunk_bytes, memory_format, monkeypatch):
-    monkeypatch.setattr(passes_cbam2, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(pieces_cbam2, "CHUNK_BYTES", chunk_bytes)
     block, x = make_block(), images().to(memory_format=memory_format)
     assert same(gradients(block, x), gradients(block, x, lambda x: plain(block, x)))
     with torch.no_grad():

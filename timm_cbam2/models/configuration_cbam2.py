@@ -31,7 +31,9 @@ from .dense_cbam2 import coordinate_rows  # noqa: F401
 from .fused_cbam2 import fused  # noqa: F401
 from .options_cbam2 import check_options  # noqa: F401
 from .parts_cbam2 import Temperature  # noqa: F401
+from .passes_backward_cbam2 import TorchBackward  # noqa: F401
 from .passes_cbam2 import passes_for  # noqa: F401
+from .pieces_cbam2 import chunks_of  # noqa: F401
 from .reach_cbam2 import promptly  # noqa: F401
 from .residual_cbam2 import branch_end  # noqa: F401
 from .small_backward_cbam2 import ChannelByHand  # noqa: F401
