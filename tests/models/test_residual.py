@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from randomise import randomise
 from timm.layers import DropPath
+from torch.profiler import ProfilerActivity, profile
 
 from timm_cbam2 import Cbam2, record_attention
-from timm_cbam2.models import convnext_cbam2, resnet_cbam2
+from timm_cbam2.models import convnext_cbam2, pieces_cbam2, resnet_cbam2
 from timm_cbam2.models.convnext_cbam2 import ConvNeXtCbam2Block
 from timm_cbam2.models.residual_cbam2 import BasicBlockCbam2, BottleneckCbam2, branch_end
 
@@ -250,3 +251,21 @@ def test_peak_of_kept_tensors_is_that_of_timms_block():
     literal, _ = kept(one_by_one(make("resnet20", torch.float32)).train())
     assert lean < 1.1 * plain < 1.2 * plain < literal
     out.sum().backward()
+
+
+def test_training_makes_no_more_tensors_of_full_size_than_a_plain_block(monkeypatch):
+    """Each costs more than reading one that is there."""
+    z, shortcut, g = (torch.randn(4, 8, 24, 24).to(memory_format=torch.channels_last) for _ in range(3))
+    monkeypatch.setattr(pieces_cbam2, "CHUNK_BYTES", z[0].nbytes)
+    norm, act, attention = torch.nn.BatchNorm2d(8), torch.nn.ReLU(inplace=True), randomise(Cbam2(8))
+
+    def made(end):
+        leaves = z.detach().requires_grad_(), shortcut.detach().requires_grad_()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            torch.autograd.grad(end(*leaves), leaves, g)
+        return sum(event.self_cpu_memory_usage >= z.nbytes for event in seen.events())
+
+    plain = made(lambda z, shortcut: act(norm(z).add_(shortcut)))
+    assert made(lambda z, shortcut: branch_end(attention, z, shortcut, norm, act=act, fresh=True)) <= plain
+    attention.is_plain = True  # as it is written
+    assert made(lambda z, shortcut: act(attention(norm(z)) + shortcut)) > plain
