@@ -136,7 +136,7 @@ class TorchBackward:
         ca, rest, most = self.small.ca, g_savg / self.z[0, 0].numel(), g_smax
         offset, slope, g_weight, g_bias = [None] * 4
         if self.affine is not None:  # then g_z = (g_x − offset − z̃·slope)·scale
-            offset, slope, g_weight, g_bias = self._norm_gradient(g_savg, g_smax)
+            offset, slope, g_weight, g_bias = self._norm_gradient(self.affine, g_savg, g_smax)
             scale = self.affine.scale
             ca, rest, most, slope = ca * scale, (rest - offset) * scale, most * scale, across(slope * scale)
         else:
@@ -153,10 +153,10 @@ class TorchBackward:
                 self.g_x[c] = g_y
         return self.g_x, g_weight, g_bias
 
-    def _norm_gradient(self, g_savg: torch.Tensor, g_smax: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    def _norm_gradient(self, affine: Affine, g_savg: torch.Tensor, g_smax: torch.Tensor) -> Tuple[torch.Tensor, ...]:
         """What BatchNorm's backward takes off g_x for its statistics, and the gradients of its weight and bias."""
         alone, along, away, at_top = self.sums
-        ca, places, invstd = self.small.ca, self.z[0, 0].numel(), self.affine.invstd
+        ca, places, invstd = self.small.ca, self.z[0, 0].numel(), affine.invstd
         total = (ca * alone + g_savg + g_smax).sum(0)
         product = (ca * along + g_savg / places * away + g_smax * at_top).sum(0)
         count = len(ca) * places
