@@ -83,6 +83,8 @@ def remembering(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module
         source = cfg.get("source") if isinstance(cfg, Mapping) else None
         if source in ("local-dir", "hf-hub") and entrypoint.__name__.endswith("_cbam2"):
             kwargs["cbam2"] = resolve_options(kwargs.get("cbam2"), saved=True)
+        if kwargs.get("norm_layer", "") is None:  # the network's own, which timm 1.0.22 asks for by leaving it out
+            del kwargs["norm_layer"]
         if source == "local-dir":
             overlay = kwargs.get("pretrained_cfg_overlay") or {}
             kwargs["pretrained_cfg_overlay"] = {**overlay, **overlay_of_folder(cfg["file"])}
