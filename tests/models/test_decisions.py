@@ -53,6 +53,21 @@ def test_fresh_is_the_identity_and_trains(options):
     assert block(x[:1]).isfinite().all() and block(x[:1, :, :1, :1]).isfinite().all()  # nothing to measure a spread of
 
 
+@pytest.mark.parametrize("name", ["test_resnet_cbam2", "test_convnext_cbam2"])
+def test_normalised_decisions_start_quiet(name):
+    """At full strength a fresh router answers by chance: its weights are near to even instead, in a network too."""
+    model = timm.create_model(name, cbam2=dict(router_norm=True, squeeze_norm=True)).train()
+    norms = [m for m in model.modules() if isinstance(m, DecisionNorm)]
+    assert norms and all((norm.weight == norm.gain).all() and norm.gain == 0.1 for norm in norms)
+    with record_attention(model) as records:
+        model(torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    seen = next(iter(records.values()))
+    assert (seen.fusion_weights - 1 / 2).abs().max() < 0.1 and (seen.router_weights - 1 / 4).abs().max() < 0.1
+    nn.init.ones_(norms[0].weight)
+    norms[0].reset_parameters()
+    assert (norms[0].weight == 0.1).all()
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_every_path_agrees(options):
     """In eval mode: plain, with a hook on a branch, reparameterized, scripted, exported, in half precision."""

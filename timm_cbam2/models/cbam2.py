@@ -49,8 +49,8 @@ def resolve_options(options: Optional[Mapping[str, Any]] = None, saved: bool = F
 
     Args:
         options: Keyword arguments of `Cbam2` (without `channels`, `device`, `dtype`); None means none.
-        saved: They come from a saved configuration: what is absent there means the same for ever, also when networks
-            are registered with other defaults one day.
+        saved: They come from a saved configuration: what is absent there means for ever what it meant when the file
+            was written, whatever networks are registered with by now.
 
     Returns:
         Every option with its value, lists turned into tuples.

@@ -7,7 +7,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import make_divisible
 
-from .decisions_cbam2 import DecisionNorm
+from .decisions_cbam2 import QUIET, DecisionNorm
 from .options_cbam2 import MAX_COUNT, check_options
 from .parts_cbam2 import (
     Fc,
@@ -67,8 +67,10 @@ class ChannelAttn(nn.Module):
             dtype: Data type of the parameters.
             center: Take the mean over channels off the gate's input, so that the mask redistributes and cannot merely
                 scale.
-            squeeze_norm: Normalise both squeezes over the batch, so that the mask sees how an image differs.
-            router_norm: Normalise the router's logits over the batch, so that over the data no squeeze leads by itself.
+            squeeze_norm: Normalise both squeezes over the batch, so that the mask sees how an image differs; by a
+                learnable gain that starts at a tenth.
+            router_norm: Normalise the router's logits over the batch likewise, so that over the data no squeeze leads
+                by itself.
 
         Raises:
             ValueError: For an option that is not allowed.
@@ -89,7 +91,7 @@ class ChannelAttn(nn.Module):
         self.fc1 = Fc(channels, rd_channels, mlp_bias, **dd)
         self.fc2 = Fc(rd_channels, channels, mlp_bias, **dd)
         self.router = Router(2 * channels, router_channels, 2, norm=router_norm, **dd) if fusion == "router" else None
-        self.norm = DecisionNorm(2 * channels, **dd) if squeeze_norm else None
+        self.norm = DecisionNorm(2 * channels, QUIET, **dd) if squeeze_norm else None
         self.register_parameter("fusion_logits", nn.Parameter(torch.empty(2, **dd)) if fusion == "static" else None)
         self.temperature = Temperature(temperature, learnable_temperature, **dd)
         self.reset_parameters()

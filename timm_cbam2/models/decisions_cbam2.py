@@ -8,8 +8,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-__all__ = ["DecisionNorm", "LearnedMaps", "Measure", "PositionRouter", "measures", "measured_by", "statistics_kept"]
+__all__ = [
+    "QUIET",
+    "DecisionNorm",
+    "LearnedMaps",
+    "Measure",
+    "PositionRouter",
+    "measured_by",
+    "measures",
+    "statistics_kept",
+]
 
+# What is normalised before a decision is multiplied by this at first: at full strength routers would answer by chance,
+# and masks be sharp, before there is anything to see; zero would keep the gradient from what is below.
+QUIET = 0.1
 # What a norm measured by in one pass: its running mean and variance as they were, or None for the batch itself.
 Measure = Optional[Tuple[torch.Tensor, torch.Tensor]]
 
@@ -19,6 +31,25 @@ class DecisionNorm(nn.BatchNorm1d):
 
     A single number of each kind has no spread: while training, too, it is measured by what was seen before.
     """
+
+    gain: float = 1.0
+
+    def __init__(self, count: int, gain: float = 1.0, device=None, dtype=None) -> None:
+        """
+        Args:
+            count: N.
+            gain: What the normalised numbers are multiplied by at first.
+            device: Device of the parameters.
+            dtype: Data type of the parameters.
+        """
+        super().__init__(count, device=device, dtype=dtype)
+        self.gain = gain
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Return to the gain that was asked for, and to statistics of nothing seen."""
+        super().reset_parameters()
+        nn.init.constant_(self.weight, self.gain)
 
     def reset_running_stats(self) -> None:
         """As torch's, by way of `nn.init`, which transformers keeps from what was read from a file."""
@@ -119,7 +150,7 @@ class PositionRouter(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.conv = nn.Conv2d(maps, choices, 3, padding=1, bias=not norm, **dd)
-        self.norm = DecisionNorm(choices, **dd) if norm else None
+        self.norm = DecisionNorm(choices, QUIET, **dd) if norm else None
 
     def forward(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps (B, S, H, W) to weights (B, choices, H, W)."""

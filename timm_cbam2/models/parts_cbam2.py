@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .decisions_cbam2 import DecisionNorm
+from .decisions_cbam2 import QUIET, DecisionNorm
 from .options_cbam2 import TEMPERATURE_EPS
 
 __all__ = [
@@ -106,7 +106,7 @@ class Router(nn.Module):
         super().__init__()
         self.fc1 = Fc(in_features, hidden, True, device, dtype)
         self.fc2 = Fc(hidden, choices, not norm, device, dtype)  # the norm has a bias and would take this one off
-        self.norm = DecisionNorm(choices, device=device, dtype=dtype) if norm else None
+        self.norm = DecisionNorm(choices, QUIET, device, dtype) if norm else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         z = self.fc2(F.relu(self.fc1(x)))

@@ -70,7 +70,8 @@ class SpatialAttn(nn.Module):
             dtype: Data type of the parameters.
             center: Take the mean over positions off the gate's input.
             center_spatial: The same; in `Cbam2` for this part alone.
-            router_norm: Normalise the router's logits over the batch, so that over the data no branch leads by itself.
+            router_norm: Normalise the router's logits over the batch, so that over the data no branch leads by itself;
+                by a learnable gain that starts at a tenth.
             learned_maps: So many maps more, learned weighted sums of the channels, normalised over the batch.
             in_channels: Number of input channels, needed for `learned_maps`.
 

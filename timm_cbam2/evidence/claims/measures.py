@@ -83,9 +83,11 @@ def liveness(block: nn.Module, kind: str, values: Tensor) -> dict[str, Any]:
     """How much decisions (N, …) differ between images, and whether they are dead."""
     spread = _spread(values)
     if kind in ("channel", "spatial"):
-        top = RANGE[getattr(block, kind).gate]
-        away = (values < NEAR * top) | (values > (1 - NEAR) * top)
-        still = values.double().std(0, correction=0) < STILL * top
+        top, bound = RANGE[getattr(block, kind).gate], getattr(block, "bound", 0.0)
+        low = top / (1 + np.exp(bound)) if bound else 0.0  # a bounded gate has nearer ends
+        share = (values - low) / (top - 2 * low)
+        away = (share < NEAR) | (share > 1 - NEAR)
+        still = share.double().std(0, correction=0) < STILL
         ends = away.double().mean(0)
         dead = ((ends > 0.99) & still).double().mean().item()
         return {"spread": spread, "saturated": ends.mean().item(), "dead": dead, "mean": values.mean().item()}
@@ -126,13 +128,19 @@ def inside_minus_outside(masks: Tensor, samples: Samples) -> tuple[float, float]
 
 
 def pointing(maps: Tensor, samples: Samples) -> float:
-    """The share of images whose strongest position of the map (N, H, W) has its middle in the box."""
+    """The share of images whose strongest position of the map (N, H, W) has its middle in the box.
+
+    Where several are equally strong, as in a gate at its end, it is the share of those: the first would tell of order.
+    """
     count, height, width = maps.shape
-    where = maps.flatten(1).argmax(1).numpy()
+    flat = maps.flatten(1)
+    strongest = (flat == flat.amax(1, keepdim=True)).double().numpy()  # (N, H·W)
     side = samples.images.shape[-1]
+    where = np.arange(height * width)
     y, x = (where // width + 0.5) * side / height, (where % width + 0.5) * side / width
-    top, left, bottom, right = samples.boxes.T
-    return float(((top <= y) & (y < bottom) & (left <= x) & (x < right)).mean())
+    top, left, bottom, right = (edge[:, None] for edge in samples.boxes.T)
+    inside = (top <= y) & (y < bottom) & (left <= x) & (x < right)
+    return float(((strongest * inside).sum(1) / strongest.sum(1)).mean())
 
 
 def box_share(samples: Samples) -> float:

@@ -65,6 +65,14 @@ def _convnext(variant: dict[str, Any], depth: int, stages: str, classes: int) ->
     return network
 
 
+def _start_at(squeezes: float, logits: float, block: nn.Module) -> None:
+    """What normalised squeezes and router logits are multiplied by at first."""
+    routers = [part.router for part in (block.channel, block.spatial) if part.router is not None]
+    for norm, gain in [(block.channel.norm, squeezes), *((router.norm, logits) for router in routers)]:
+        if norm is not None:
+            nn.init.constant_(norm.weight, gain)
+
+
 def build(
     variant: str,
     depth: int,
@@ -96,7 +104,7 @@ def build(
     torch.manual_seed(seed + 1000)  # of attention alone
     network = make(VARIANTS[variant], depth, stages, classes)
     for block in network.modules():
-        if is_cbam2(block) and block.channel.norm is not None:
-            nn.init.constant_(block.channel.norm.weight, VARIANTS[variant].get("squeeze_gain", 1.0))
+        if is_cbam2(block) and "gains" in VARIANTS[variant]:
+            _start_at(*VARIANTS[variant]["gains"], block)
     network.load_state_dict(plain.state_dict() if weights is None else weights, strict=False)
     return network.to(memory_format=torch.channels_last)

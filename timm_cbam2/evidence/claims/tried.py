@@ -27,6 +27,23 @@ class _Router(nn.Module):
         return self.bn(z.flatten(2)).view_as(z).softmax(1) if z.dim() == 4 else self.bn(z).softmax(1)
 
 
+class _DataCenter(nn.Module):
+    """Takes the mean over the data off numbers (B, N), as BatchNorm does, and leaves their spread as it is."""
+
+    def __init__(self, count: int, momentum: float = 0.1):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(count))
+
+    def forward(self, z: Tensor) -> Tensor:
+        if not self.training:
+            return z - self.mean
+        mean = z.mean(0)
+        with torch.no_grad():
+            self.mean.lerp_(mean.float(), self.momentum)
+        return z - mean
+
+
 def _logits(router: nn.Module) -> nn.Module:
     return nn.Sequential(router.fc1, nn.ReLU(), router.fc2)
 
@@ -37,7 +54,8 @@ class Trial(Cbam2):
     Args:
         channels: of the features.
         channel: "raw" as registered, "norm" (squeezes normalised over the batch), "gate" (gate input normalised over
-            the batch, gain 0 at first), "softmax" (channels share a sum), "center", "off".
+            the batch, gain 0 at first), "softmax" (channels share a sum), "center", "data" (gate input less its mean
+            over the data), "off".
         fusion: "router", "norm" (logits normalised over the batch).
         std: the standard deviation as a third squeeze (added to the average's).
         spatial: "raw", "center", "standard" (zero mean and unit variance over an image's positions, gain 0 at first),
@@ -46,6 +64,7 @@ class Trial(Cbam2):
         maps: "raw" or "norm": average and maximum normalised over the batch.
         route: "raw", "norm", "pixel" (weights for each position, logits normalised), "even" (no router).
         bound: largest absolute gate input, by tanh; 0 for none.
+        cool: temperature of the channel gate at first, another than the spatial gate's.
         deep: a hidden layer of this many channels in the spatial network.
     """
 
@@ -61,6 +80,7 @@ class Trial(Cbam2):
         bound: float = 0.0,
         deep: int = 0,
         std: bool = False,
+        cool: float = 0.0,
         **options: Any,
     ):
         super().__init__(channels, gate="unit_sigmoid", **options)
@@ -74,6 +94,8 @@ class Trial(Cbam2):
             self.gate_bn = nn.BatchNorm1d(channels)
             nn.init.zeros_(self.gate_bn.weight)
             nn.init.kaiming_uniform_(self.channel.fc2.weight, a=5**0.5)
+        if channel == "data":
+            self.gate_center = _DataCenter(channels)
         if fusion == "norm":
             self.channel.router = _Router(_logits(self.channel.router), 2)
         if route == "norm":
@@ -105,6 +127,9 @@ class Trial(Cbam2):
             self.gain = nn.Parameter(torch.zeros(1))
             for branch in self.spatial.branches:
                 branch.pw.reset_parameters()
+        if cool:
+            self.channel.temperature.initial_value = cool
+            self.channel.temperature.reset_parameters()
         self.start = {key: value.clone() for key, value in self.state_dict().items()}
 
     def reset_parameters(self) -> None:
@@ -133,6 +158,8 @@ class Trial(Cbam2):
             z = part.fc2(weights[:, :1] * a + weights[:, 1:] * m)
             if kind == "gate":
                 z = self.gate_bn(z)
+            if kind == "data":
+                z = self.gate_center(z)
             if kind in ("center", "softmax"):
                 z = z - z.mean(1, keepdim=True)
             z = self.limit(z / part.temperature(dtype))

@@ -15,43 +15,61 @@ def _trial(about: str, recipe: dict[str, Any] | None = None, **options: Any) -> 
     return {"attention": "trial", "about": about, "trial": options, "recipe": recipe or {}}
 
 
-MAPS_LIVE: dict[str, Any] = dict(center_spatial=True, learned_maps=4, router_norm=True, squeeze_norm=True)
+def _loud(about: str, recipe: dict[str, Any] | None = None, gains: Any = (1.0, 1.0), **options: Any) -> dict[str, Any]:
+    """Normalised squeezes and router logits start at these strengths, where the block itself starts both at a tenth."""
+    return {**_cbam2(about, recipe, **options), "gains": gains}
+
+
+SLOW, HALF = {"attention_lr_scale": 0.1}, {"lr": 3e-3}
+BOTH: dict[str, Any] = dict(router_norm=True, squeeze_norm=True)
+LIVE: dict[str, Any] = dict(center_spatial=True, **BOTH)
+MAPS_LIVE: dict[str, Any] = dict(learned_maps=4, **LIVE)
+ROUTE: dict[str, Any] = dict(fusion="norm", route="norm")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"attention": None, "about": "no attention"},
+    "plain-3": {"attention": None, "about": "no attention, half the rate", "recipe": HALF},
     "se": {"attention": "se", "about": "timm's squeeze-and-excitation"},
     "eca": {"attention": "eca", "about": "timm's efficient channel attention"},
     "cbam": {"attention": "cbam", "about": "timm's CBAM"},
-    "cbam2": _cbam2("every option off: as registered"),
+    "cbam2": _cbam2("every option off: as registered in 0.1"),
     "cbam2-center": _cbam2("both gates centred", center=True),
-    "cbam2-slow": _cbam2("every option off, attention's learning rate a tenth", {"attention_lr_scale": 0.1}),
+    "cbam2-slow": _cbam2("every option off, attention's learning rate a tenth", SLOW),
+    "cbam2-3": _cbam2("every option off, half the rate", HALF),
     # options, alone and together
     "center-spatial": _cbam2("spatial gate centred", center_spatial=True),
+    "learned": _cbam2("four learned maps", learned_maps=4),
     "maps": _cbam2("and four learned maps", center_spatial=True, learned_maps=4),
-    "maps-route": _cbam2("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
-    "maps-live": _cbam2("and normalised squeezes", **MAPS_LIVE),
-    "maps-live-gentle": {
-        **_cbam2("the same, squeezes at a tenth of their spread at first", **MAPS_LIVE),
-        "squeeze_gain": 0.1,
-    },
-    "live-gentle": {
-        **_cbam2(
-            "no learned maps, squeezes at a tenth at first", center_spatial=True, router_norm=True, squeeze_norm=True
-        ),
-        "squeeze_gain": 0.1,
-    },
-    "maps-none": _cbam2(
-        "and routing by position",
-        center_spatial=True,
-        learned_maps=4,
-        router_norm=True,
-        squeeze_norm=True,
-        router_pool="none",
-    ),
-    "maps-live-slow": _cbam2("the same, attention's learning rate a tenth", {"attention_lr_scale": 0.1}, **MAPS_LIVE),
-    "maps-live-t4": _cbam2("the same, temperatures from 4", **MAPS_LIVE, temperature=4.0),
-    "maps-live-t10": _cbam2("the same, temperatures from 10", **MAPS_LIVE, temperature=10.0),
-    "norm": _cbam2("spatial gate centred, squeezes normalised", center_spatial=True, squeeze_norm=True),
-    "live": _cbam2("no learned maps, all else normalised", center_spatial=True, router_norm=True, squeeze_norm=True),
+    "quiet": _cbam2("squeezes and routers normalised", **BOTH),
+    "quiet-maps": _cbam2("and four learned maps", learned_maps=4, **BOTH),
+    "quiet-center": _cbam2("squeezes and routers normalised, spatial gate centred", **LIVE),
+    "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
+    # the same from full strength, as the block once started
+    "maps-route": _loud("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
+    "maps-live": _loud("and normalised squeezes", **MAPS_LIVE),
+    "maps-live-3": _loud("half the rate", HALF, **MAPS_LIVE),
+    "maps-live-slow": _loud("the same, attention's learning rate a tenth", SLOW, **MAPS_LIVE),
+    "maps-live-t4": _loud("the same, temperatures from 4", **MAPS_LIVE, temperature=4.0),
+    "maps-live-t10": _loud("the same, temperatures from 10", **MAPS_LIVE, temperature=10.0),
+    "maps-live-gentle": _loud("the same, squeezes at a tenth of their spread at first", gains=(0.1, 1.0), **MAPS_LIVE),
+    "maps-none": _loud("and routing by position", router_pool="none", **MAPS_LIVE),
+    "norm": _loud("spatial gate centred, squeezes normalised", center_spatial=True, squeeze_norm=True),
+    "live": _loud("no learned maps, all else normalised", **LIVE),
+    "live-gentle": _loud("no learned maps, squeezes at a tenth at first", gains=(0.1, 1.0), **LIVE),
+    "squeeze": _loud("squeezes normalised", squeeze_norm=True),
+    "route": _loud("routers normalised", router_norm=True),
+    "route-zero": _loud("routers normalised, even at first", gains=(1.0, 0.0), router_norm=True),
+    "route-zero-soft": _loud("routers even at first, squeezes at a tenth", gains=(0.1, 0.0), **BOTH),
+    "route-center": _loud("routers normalised, spatial gate centred", router_norm=True, center_spatial=True),
+    "route-both": _loud("routers normalised, both gates centred", router_norm=True, center=True),
+    # blocks that were tried from random weights, see tried.py
+    "t-route-off": _trial("routers normalised, no channel mask", channel="off", route="norm"),
+    "t-route-bound": _trial("routers normalised, gate inputs bounded by 2", bound=2.0, **ROUTE),
+    "t-route-bound1": _trial("routers normalised, gate inputs bounded by 1", bound=1.0, **ROUTE),
+    "t-route-bound3": _trial("routers normalised, gate inputs bounded by 3", bound=3.0, **ROUTE),
+    "t-route-cool": _trial("routers normalised, channel gate's temperature from 8", cool=8.0, **ROUTE),
+    "t-data": _trial("channel gate input less its mean over the data", channel="data"),
+    "t-data-route": _trial("and routers normalised", channel="data", **ROUTE),
+    "t-data-center": _trial("and the spatial gate centred", channel="data", spatial="center", **ROUTE),
     # blocks that were tried before the options were made, see tried.py
     "t-center": _trial("spatial gate centred", spatial="center"),
     "t-standard": _trial("spatial gate input standardised in each image", spatial="standard"),
