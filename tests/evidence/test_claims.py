@@ -37,6 +37,7 @@ def test_where_a_mask_looks():
     assert measures.inside_minus_outside(same, samples) == pytest.approx((of_mean, of_mean))
     assert measures.pointing(own, samples) == 1.0 and measures.pointing(own.flip(0), samples) == 0.0
     assert measures.box_share(samples) == 0.25
+    assert measures.pointing(torch.full((2, 4, 4), 2.0), samples) == 0.25  # equally strong everywhere: by chance
     half = torch.zeros(2, 1, 1)
     assert measures.inside_minus_outside(half + 1, samples)[0] == pytest.approx(0)
 
@@ -60,6 +61,11 @@ def test_dead_is_saturated_and_the_same():
     mask[:50, 2], mask[50:, 2] = 0.001, 1.999  # hard, but it depends on the image
     found = measures.liveness(block, "channel", mask)
     assert found["dead"] == 0.5 and found["saturated"] == 0.75
+    bounded = build("t-route-bound", 1, seed=0).layer2[0].se
+    high = 2 / (1 + np.exp(-bounded.bound))
+    found = measures.liveness(bounded, "channel", torch.full((100, 32, 1, 1), float(high)))
+    assert found["dead"] == 1.0  # a nearer end is an end
+    assert measures.liveness(block, "channel", torch.full((100, 4, 1, 1), float(high)))["dead"] == 0.0
     one_takes_all = torch.tensor([[0.99, 0.01]]).repeat(100, 1)
     assert measures.liveness(block, "branches", one_takes_all)["dead"] == 1.0
     by_turns = torch.tensor([[0.99, 0.01], [0.01, 0.99]]).repeat(50, 1)
@@ -98,8 +104,14 @@ def test_variants_share_what_they_have_in_common():
     """The same first weights in every common layer, and the same logits where attention starts at the identity."""
     plain = build("plain", 1, seed=3)
     x = torch.randn(2, 3, 16, 16)
-    for name in VARIANTS:
+    for name, variant in VARIANTS.items():
         network = build(name, 1, seed=3, stages="23")
+        gains = variant.get("gains", (0.1, 0.1))
+        for block in (m for m in network.modules() if type(m) is Cbam2):
+            starts = [(block.channel.norm, gains[0])] + [
+                (p.router.norm, gains[1]) for p in (block.channel, block.spatial)
+            ]
+            assert all(norm is None or torch.equal(norm.weight, norm.weight * 0 + gain) for norm, gain in starts), name
         own = network.state_dict()
         assert all(torch.equal(value, own[key]) for key, value in plain.state_dict().items()), name
         assert not any(key.startswith("layer1.0.se.") for key in own)
