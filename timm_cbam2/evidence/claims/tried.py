@@ -48,6 +48,17 @@ def _logits(router: nn.Module) -> nn.Module:
     return nn.Sequential(router.fc1, nn.ReLU(), router.fc2)
 
 
+def _hidden_layer(maps: int, hidden: int) -> nn.Sequential:
+    layers = nn.Sequential(
+        nn.Conv2d(maps, hidden, 7, padding=3, bias=False),
+        nn.BatchNorm2d(hidden),
+        nn.ReLU(),
+        nn.Conv2d(hidden, 1, 7, padding=3, bias=False),
+    )
+    nn.init.zeros_(layers[-1].weight)
+    return layers
+
+
 class Trial(Cbam2):
     """One block with every idea behind a switch; at its start the identity.
 
@@ -113,16 +124,7 @@ class Trial(Cbam2):
             if spatial != "standard":
                 for conv in self.extra:
                     nn.init.zeros_(conv.weight)
-        if deep:
-            self.deep = nn.Sequential(
-                nn.Conv2d(2 + extra, deep, 7, padding=3, bias=False),
-                nn.BatchNorm2d(deep),
-                nn.ReLU(),
-                nn.Conv2d(deep, 1, 7, padding=3, bias=False),
-            )
-            nn.init.zeros_(self.deep[-1].weight)
-        else:
-            self.deep = None
+        self.deep = _hidden_layer(2 + extra, deep) if deep else None
         if spatial == "standard":
             self.gain = nn.Parameter(torch.zeros(1))
             for branch in self.spatial.branches:
