@@ -116,6 +116,14 @@ def register_once(module: ModuleType, entrypoints: Iterable[Callable]) -> None:
             register_model(entrypoint)
 
 
+def _arguments_of_folder(cfg: Any, arguments: Mapping[str, Any]) -> Optional[Dict[str, Any]]:
+    """What a model folder asked for, which timm before 1.0.31 hands over among other arguments: what JSON can hold."""
+    if not isinstance(cfg, Mapping) or cfg.get("source") not in ("local-dir", "hf-hub"):
+        return None
+    found = {name: value for name, value in arguments.items() if not name.startswith("pretrained_")}
+    return {k: v for k, v in found.items() if v is None or isinstance(v, (bool, int, float, str, list, dict))}
+
+
 def build_twin(
     model_cls: Type[nn.Module],
     variant: str,
@@ -142,7 +150,7 @@ def build_twin(
     given = kwargs.get("pretrained_cfg")
     check_arguments(model_cls, kwargs)
     check_pretrained_cfg(given)
-    saved = kwargs.get("pretrained_model_args")
+    saved = kwargs.get("pretrained_model_args", _arguments_of_folder(given, kwargs))
     cfg = resolve_pretrained_cfg(variant, given, kwargs.get("pretrained_cfg_overlay"))
 
     def create(**arguments: Any) -> nn.Module:
