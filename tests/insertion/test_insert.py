@@ -43,7 +43,8 @@ def test_outputs_statistics_and_gradients_stay(name, training):
         sum(part.square().sum() for part in said).backward()
     parameters = dict(model.named_parameters())
     for key, parameter in plain.named_parameters():
-        torch.testing.assert_close(parameters[key].grad, parameter.grad, rtol=2e-4, atol=1e-6, msg=key)
+        scale = parameter.grad.abs().max().item()  # an element may be a difference of far larger ones
+        torch.testing.assert_close(parameters[key].grad, parameter.grad, rtol=2e-4, atol=1e-6 + 2e-5 * scale, msg=key)
     reached = [bool(p.grad.any()) for key, p in parameters.items() if key.endswith("channel.fc2.weight")]
     assert any(reached) if training else all(reached), "the fresh blocks learn"  # drop path may drop one in training
 

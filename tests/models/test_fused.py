@@ -1,6 +1,7 @@
 """The lean backward: the same gradients as the plain path, wherever it is used, and the plain path where it is not."""
 
 import pytest
+import timm
 import torch
 from randomise import randomise
 from torch.autograd.graph import saved_tensors_hooks
@@ -265,3 +266,28 @@ def test_compiled_in_one_graph_for_any_size():
         x = images(torch.float32, shape).requires_grad_()
         assert torch.allclose(compiled(x), block(x), atol=1e-6)
     assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(fusion="sum", mlp_bias=True), dict(router_norm=True, squeeze_norm=True)], ids=str
+)
+def test_evaluation_gives_the_same_bits_with_a_graph_and_without(options):
+    model = randomise(timm.create_model("test_resnet_cbam2", cbam2=options)).eval()
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        without = model(x)
+    assert torch.equal(model(x), without)
+
+
+def test_a_backward_within_autocast_is_that_outside_of_it():
+    """Autocast would round the small networks' backward to bfloat16, and mixes its dtypes."""
+    found = []
+    for within in (False, True):
+        torch.manual_seed(0)
+        block = randomise(Cbam2(16)).train()
+        x = torch.randn(2, 16, 9, 9, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            block(x).square().sum().backward()
+        found.append([x.grad, *(parameter.grad for parameter in block.parameters())])
+    for outside, inside in zip(*found):
+        assert torch.equal(outside, inside)

@@ -120,6 +120,11 @@ class _Cbam2Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
+        with no_autocast(g):  # as in the forward pass: some call backward within autocast
+            return _Cbam2Function.backward_of(ctx, g)
+
+    @staticmethod
+    def backward_of(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
         x, shortcut, gamma, weight, bias, mean, invstd, out, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
             return (None, *_recompute(ctx, g, [x, shortcut, gamma, weight, bias, *parameters]))

@@ -164,7 +164,7 @@ def spatial_mask(
     times faster, and its backward most of all, than a convolution from M to K channels.
     """
     if part.learned is not None:
-        maps = torch.cat([maps[:, :2], part.learned.norm(maps[:, 2:])], 1)
+        maps = torch.cat([maps[:, :2], part.learned.norm(maps[:, 2:].contiguous())], 1)
     batch, count, height, width = maps.shape
     taps = part.footprint
     mix = _route_maps(part, weights.router, maps)  # (B, K)
@@ -182,7 +182,7 @@ def spatial_mask(
             z = F.conv2d(maps, kernels.view(count * batch, 1, taps, taps), padding=taps // 2, groups=count * batch)
             z = z.view(batch, count, height, width).sum(1)
         if weights.place is not None:
-            z = z + (mix @ weights.place).view(batch, height, width)
+            z = torch.addmm(z.flatten(1), mix, weights.place).view_as(z)
     if part.center:
         z = z - z.mean((1, 2), keepdim=True)
     return apply_gate(z / weights.temperature, part.gate)
