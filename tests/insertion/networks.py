@@ -7,6 +7,8 @@ from randomise import randomise
 from torch import nn
 from transformers import AutoModelForImageClassification, ConvNextConfig, ConvNextV2Config, ResNetConfig
 
+from timm_cbam2 import Cbam2
+
 SIZES = dict(hidden_sizes=[16, 32], depths=[1, 2])
 
 
@@ -69,3 +71,8 @@ def answers(model, x):
 
 def equal(first, second):
     return len(first) == len(second) and all(map(torch.equal, first, second))
+
+
+def blocks(model):
+    """The names of its blocks."""
+    return [name for name, module in model.named_modules() if isinstance(module, Cbam2)]
