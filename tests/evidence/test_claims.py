@@ -1,8 +1,10 @@
 """The bench of claims: what it measures is right where the answer is known, and a run goes on where it was stopped."""
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,8 @@ from timm_cbam2.evidence.claims.networks import build
 from timm_cbam2.evidence.claims.results import KEYS, append, paired, read
 from timm_cbam2.evidence.claims.training import RECIPES, train
 from timm_cbam2.evidence.claims.variants import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def _samples(boxes, side=8):
@@ -176,3 +180,20 @@ def test_a_run_and_its_table(tmp_path, capsys):
     command = [sys.executable, "-m", "timm_cbam2.evidence.claims", "table", "--results", tmp_path / "none.jsonl"]
     empty = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert empty.returncode == 2 and "holds no result" in empty.stderr and "Traceback" not in empty.stderr, empty
+
+
+def test_looking_at_a_shipped_model():
+    """It is measured as `evaluate` measures it, on the same pictures; what it was not made for is refused."""
+    folder = ROOT / "checkpoints" / "resnet20_cbam2.clutter"
+    command = [sys.executable, "-m", "timm_cbam2.evidence.claims", "look"]
+    done = subprocess.run([*command, folder], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figure = re.search(r"Top-1 accuracy ([0-9.]+ %)", (folder / "README.md").read_text())[1]
+    assert done.stdout.startswith(f"Accuracy {figure}.")
+    last = done.stdout.splitlines()[-1].split("|")
+    inside, of_mean = map(float, re.findall(r"-?[0-9.]+", last[2]))
+    assert last[1].strip() == "layer3.2.se" and inside > 1 > of_mean and float(last[3]) > 0.9, "what README says of it"
+    for model, words in (("resnet32_cbam2", "no pretrained weights"), (folder, "no digits")):
+        task = "digits" if model is folder else "clutter"
+        done = subprocess.run([*command, model, "--task", task], capture_output=True, text=True)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr

@@ -1,4 +1,4 @@
-"""`python -m timm_cbam2.evidence.claims run | table`."""
+"""`python -m timm_cbam2.evidence.claims run | table | look`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Annotated, Any, NoReturn
 import torch
 import typer
 
-from ...data.tasks import SIDE, TASKS
-from ...errors import UserError, run_commands
+from ...data.tasks import SIDE, TASKS, make
+from ...errors import UserError, one_line, run_commands
+from .look import lines
+from .look import look as look_at
 from .networks import FAMILIES
 from .results import RESULTS, append, key_of, read
 from .run import train_and_measure
@@ -105,9 +107,28 @@ def table(
     print("\n".join(markdown(rows, control)))
 
 
+def look(
+    model: Annotated[str, typer.Argument(help="Registered name with weights, run, model folder or hf-hub: id.")],
+    task: Annotated[str, typer.Option(help=f"One of {', '.join(TASKS)}.")] = "clutter",
+    count: Annotated[int, typer.Option(help="Pictures, of drawings that are not trained on.", min=1)] = 2000,
+    side: Annotated[int, typer.Option(help="Their side in pixels.", min=16)] = SIDE,
+) -> None:
+    """Measure a trained model: does its mask find the object, and what is each decision worth?
+
+    Raises:
+        UserError: no such task, or no such model of ten classes.
+    """
+    _names("task", task, TASKS)
+    try:
+        found = look_at(model, make(task, "val", count, side=side))
+    except ValueError as error:
+        raise UserError(one_line(error)) from error
+    print("\n".join(lines(found)))
+
+
 def main() -> NoReturn:
     """Entry point of `python -m timm_cbam2.evidence.claims`."""
-    run_commands(run, table, help="Do decisions live, are they worth something, do masks look at the object?")
+    run_commands(run, table, look, help="Do decisions live, are they worth something, do masks look at the object?")
 
 
 if __name__ == "__main__":
