@@ -78,6 +78,7 @@ class TorchBackward:
         g_avg, g_max = g_avg[:, None] / self.z.shape[1], g_max[:, None]
         self.g_x = torch.empty_like(self.z)
         g_ca = torch.empty_like(self.small.ca)
+        self.ties = torch.empty_like(g_ca)  # at the maximum over positions
         self.sums = [torch.empty_like(g_ca) for _ in range(4 if self.affine is not None else 0)]
         self.by_channel = torch.empty_like(g_ca)  # Σ_hw g·x·sa, which layer-scale needs
         by_map: List[torch.Tensor] = []
@@ -118,17 +119,17 @@ class TorchBackward:
         alone, along, away, at_top = (sums[c] for sums in self.sums)  # of g_y, g_y·z̃, z̃, z̃ where x is at its largest
         torch.sub(self.z[c], across(self.affine.mean), out=product)
         torch.sum(product, (2, 3), out=away)
-        top, ties = self._at_top(c, x)
-        torch.sum(top.mul_(product), (2, 3), out=at_top).div_(ties)
+        top = self._at_top(c, x)
+        torch.sum(top, (2, 3), out=self.ties[c])
+        torch.sum(top.mul_(product), (2, 3), out=at_top).div_(self.ties[c])
         torch.sum(product.mul_(g_y), (2, 3), out=along)
         torch.sum(g_y, (2, 3), out=alone)
         torch.addcmul(self.affine.bias * alone, self.affine.scale, along, out=g_ca[c])
 
-    def _at_top(self, c: slice, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """1 where those samples of x are at their largest over positions, else 0; and how many ones by channel."""
+    def _at_top(self, c: slice, x: torch.Tensor) -> torch.Tensor:
+        """1 where those samples of x are at their largest over positions, else 0."""
         scratch = self.scratch if self.affine is None else self.top
-        top = torch.eq(x, across(self.small.squeezes[c, 1].to(x.dtype)), out=scratch[: len(x)])
-        return top, top.sum((2, 3))
+        return torch.eq(x, across(self.small.squeezes[c, 1].to(x.dtype)), out=scratch[: len(x)])
 
     def input_gradient(self, g_savg: torch.Tensor, g_smax: torch.Tensor) -> Found:
         """The gradient of z (B, C, H, W) from those of the two squeezes (B, C), and those of the BatchNorm's weight and
@@ -144,8 +145,10 @@ class TorchBackward:
         ca, rest = across(ca), across(rest)
         for c in self.chunks:
             x, g_y = self._x(c), self.g_x[c].to(self.dtype)
-            top, ties = self._at_top(c, x)
-            torch.addcmul(rest[c], g_y, ca[c], out=g_y).addcmul_(top, across(most[c] / ties))
+            top = self._at_top(c, x)
+            if self.affine is None:
+                torch.sum(top, (2, 3), out=self.ties[c])
+            torch.addcmul(rest[c], g_y, ca[c], out=g_y).addcmul_(top, across(most[c] / self.ties[c]))
             if self.affine is not None:
                 away = torch.sub(self.z[c], across(self.affine.mean), out=self.scratch[: len(x)])
                 g_y.addcmul_(away, slope, value=-1)
