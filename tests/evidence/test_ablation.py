@@ -190,8 +190,7 @@ def test_intervals_and_pairs(tmp_path):
 
 def test_the_committed_results_are_of_the_committed_grid():
     results, grid = Results(RESULTS), read_grid()
-    if not results.rows:
-        pytest.skip("nothing was trained yet")
+    assert results.rows
     for found in results.rows:
         job = grid.job(found["variant"], found["seed"], "cifar10_jpeg/train.parquet")
         assert results.find(job) is found

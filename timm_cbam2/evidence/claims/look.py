@@ -7,8 +7,9 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
-from ...data.tasks import Samples
+from ...data.tasks import CLASSES, Samples
 from ...hub.zoo import load
+from ...models.saved_cbam2 import input_channels
 from .measures import measure
 from .training import MEAN, STD, predict
 
@@ -36,12 +37,16 @@ def look(name: str, samples: Samples) -> dict[str, Any]:
         Its accuracy, and all that `measures.measure` finds.
 
     Raises:
-        ValueError: no such model, or one of other classes than the pictures'.
+        ValueError: no such model, or one of other classes or channels than the pictures'.
     """
     model = load(name).eval()
-    classes = int(samples.labels.max()) + 1
-    if model.num_classes < classes:
-        raise ValueError(f"{name} tells {model.num_classes} classes apart, and these pictures have {classes}")
+    digits = [str(n) for n in range(CLASSES)]
+    names = list(model.pretrained_cfg.get("label_names") or digits)
+    if model.num_classes != CLASSES or names != digits:
+        told = ", ".join(map(str, names[:3])) if model.num_classes == len(names) else f"{model.num_classes} classes"
+        raise ValueError(f"{name} tells {told} … apart, not the ten digits: finetune one with --data clutter")
+    if input_channels(model) != 3:
+        raise ValueError(f"{name} takes {input_channels(model)} channels, and these pictures have 3")
     _take_bench_input(model)
     images, labels = torch.from_numpy(samples.images), torch.from_numpy(samples.labels)
     accuracy = (predict(model, images) == labels).double().mean().item()
