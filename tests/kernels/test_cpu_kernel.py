@@ -106,7 +106,7 @@ def test_options_against_the_literal_formulas(kernel):
 @pytest.mark.parametrize("memory_format", FORMATS)
 @pytest.mark.parametrize("shape", [(3, 6, 7, 5), (1, 6, 2, 9), (1, 3, 1, 1), (2, 40, 9, 8)], ids=str)
 def test_norms_of_decisions_and_learned_maps(shape, memory_format, kernel, threads):
-    for maps, training in itertools.product((1, 4, 7), (True, False)):
+    for maps, training in itertools.product((0, 1, 4, 7), (True, False)):
         options = dict(squeeze_norm=True, router_norm=True, learned_maps=maps, center_spatial=True)
         block = randomise(Cbam2(shape[1], **options).double()).train(training)
         x, twin = images(shape).to(memory_format=FORMATS[memory_format]), copy.deepcopy(block)
@@ -116,7 +116,24 @@ def test_norms_of_decisions_and_learned_maps(shape, memory_format, kernel, threa
             expected = gradients(lambda x, twin=twin: twin(x, return_attention=True)[0], twin, x)
             torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
             torch.testing.assert_close(list(block.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-10)
-    assert kernel.count("start_backward") == 18
+    assert kernel.count("start_backward") == 24
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_norms_beside_every_other_option(training, kernel, monkeypatch):
+    monkeypatch.setattr("timm_cbam2.models.small_networks_cbam2.ChannelByHand", None)  # the kernel serves them all
+    choices = ("router", "static", "sum"), ("squeeze_norm", "router_norm"), ((True, "moments"), (False, "avg"))
+    for fusion, norm, (coords, pool) in itertools.product(*choices):
+        options = {"fusion": fusion, norm: True, "coords": coords, "router_pool": pool, "mlp_bias": coords}
+        block, x = randomise(Cbam2(6, **options).double()).train(training), images((3, 6, 5, 4))
+        twin = copy.deepcopy(block)
+        for _ in range(2):  # the second time from other statistics
+            got = gradients(block, block, x)
+            expected = gradients(lambda x, twin=twin: twin(x, return_attention=True)[0], twin, x)
+            torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9, msg=str(options))
+            with torch.no_grad():
+                torch.testing.assert_close(block(x), twin(x, return_attention=True)[0], rtol=1e-9, atol=1e-10)
+            torch.testing.assert_close(list(block.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

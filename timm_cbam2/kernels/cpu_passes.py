@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.parts_cbam2 import compute_dtype
 from ..models.passes_cbam2 import Affine, End, Small
 from .cpu_networks import KernelChannel, KernelSpatial, serves
 
@@ -33,7 +34,7 @@ class KernelPasses:
 
     def networks(self, block: nn.Module) -> tuple[KernelChannel, KernelSpatial] | None:
         """Who computes the block's small networks: the kernel, unless torch must."""
-        if not serves(block):
+        if not serves(block, compute_dtype(self.x)):
             return None
         return KernelChannel(self.kernel, block.channel), KernelSpatial(self.kernel, block.spatial)
 

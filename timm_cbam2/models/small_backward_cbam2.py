@@ -15,7 +15,7 @@ from .dense_cbam2 import dense_kernels, dense_kernels_backward, place_backward, 
 from .parts_cbam2 import coordinates
 from .small_cbam2 import mixes_samples, of_maps
 
-__all__ = ["ChannelByHand", "Found", "Grads", "Own", "SpatialByHand"]
+__all__ = ["ChannelByHand", "Found", "Grads", "Norm", "Own", "SpatialByHand"]
 
 Grads = Dict[str, torch.Tensor]
 Own = Mapping[str, torch.Tensor]
@@ -44,7 +44,7 @@ def _dense_backward(
     return torch.mm(g, _matrix(own, name, g.dtype))
 
 
-class _Norm:
+class Norm:
     """A `DecisionNorm`, or None for none."""
 
     def __init__(self, norm: Optional[nn.Module], name: str, x: torch.Tensor) -> None:
@@ -71,7 +71,7 @@ class _Router:
     def __init__(self, router: nn.Module, own: Own, x: torch.Tensor) -> None:
         self.x = x
         self.hidden = _dense(own, "router.fc1", x).relu_()
-        self.norm = _Norm(router.norm, "router.norm", _dense(own, "router.fc2", self.hidden))
+        self.norm = Norm(router.norm, "router.norm", _dense(own, "router.fc2", self.hidden))
         self.weights = self.norm.y.softmax(-1)
 
     def backward(self, own: Own, found: Found, g: torch.Tensor, grads: Grads) -> torch.Tensor:
@@ -120,7 +120,7 @@ class ChannelByHand:
     def forward(self, own: Own, squeezes: torch.Tensor) -> torch.Tensor:
         """The mask."""
         part, (batch, _, channels) = self.part, squeezes.shape
-        self.norm = _Norm(part.norm, "norm", squeezes.view(batch, 2 * channels))
+        self.norm = Norm(part.norm, "norm", squeezes.view(batch, 2 * channels))
         self.flat = self.norm.y.view(2 * batch, channels)
         self.hidden = _dense(own, "fc1", self.flat).relu_()
         self.both = self.hidden.view(batch, 2, -1)
@@ -192,13 +192,13 @@ class SpatialByHand:
 
     def __init__(self, part: nn.Module, convolutions: Any = None) -> None:
         self.part, self.convolutions = part, convolutions
-        self.norm: Optional[_Norm] = None
+        self.norm: Optional[Norm] = None
 
     def forward(self, own: Own, maps: torch.Tensor) -> torch.Tensor:
         """The mask."""
         part, (_, _, height, width) = self.part, maps.shape
         if part.learned is not None:
-            self.norm = _Norm(part.learned.norm, "learned.norm", maps[:, 2:].contiguous())
+            self.norm = Norm(part.learned.norm, "learned.norm", maps[:, 2:].contiguous())
             maps = torch.cat([maps[:, :2], self.norm.y], 1)
         self.pooled = _Pooled(part, maps)
         self.router = _Router(part.router, own, self.pooled.x)

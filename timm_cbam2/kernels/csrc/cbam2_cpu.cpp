@@ -171,19 +171,22 @@ TORCH_LIBRARY(timm_cbam2_cpu, m) {
       "Tensor?[] by_channel, Tensor? g_learned, Tensor? learned) -> Tensor",
       &input_gradient);
   m.def(
-      "channel(Tensor squeezes, Tensor?[] weights, int gate, bool center, bool learnable, float eps) -> Tensor[]",
+      "channel(Tensor squeezes, Tensor?[] weights, Tensor?[] running, bool by_batch, float momentum, float norm_eps, "
+      "int gate, bool center, bool learnable, float eps) -> Tensor[]",
       &channel);
   m.def(
-      "channel_backward(Tensor g, Tensor squeezes, Tensor?[] weights, Tensor[] kept, int gate, bool center, "
-      "bool learnable, float eps) -> Tensor[]",
+      "channel_backward(Tensor g, Tensor squeezes, Tensor?[] weights, Tensor[] kept, Tensor?[] running, bool by_batch, "
+      "float norm_eps, int gate, bool center, bool learnable, float eps) -> Tensor[]",
       &channel_backward);
   m.def(
-      "spatial(Tensor maps, Tensor?[] weights, int[] shapes, int taps, Tensor[] windows, bool moments, int gate, "
-      "bool center, bool learnable, float eps) -> Tensor[]",
+      "spatial(Tensor maps, Tensor?[] weights, int[] shapes, int taps, Tensor[] windows, bool moments, "
+      "Tensor?[] running, bool by_batch, float momentum, float norm_eps, int gate, bool center, bool learnable, "
+      "float eps) -> Tensor[]",
       &spatial);
   m.def(
       "spatial_backward(Tensor g, Tensor maps, Tensor?[] weights, Tensor[] kept, int[] shapes, int taps, "
-      "Tensor[] windows, bool moments, int gate, bool center, bool learnable, float eps) -> Tensor[]",
+      "Tensor[] windows, bool moments, Tensor?[] running, bool by_batch, float norm_eps, int gate, bool center, "
+      "bool learnable, float eps) -> Tensor[]",
       &spatial_backward);
   m.def("convolve(Tensor maps, Tensor kernels) -> Tensor", &convolve);
   m.def("convolve_backward(Tensor g, Tensor maps, Tensor kernels) -> Tensor[]", &convolve_backward);

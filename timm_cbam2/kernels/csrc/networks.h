@@ -1,5 +1,5 @@
 // The small networks between the readings, forward and backward: what models/small_cbam2.py and
-// models/small_backward_cbam2.py do without norms and learned maps, in one call each.
+// models/small_backward_cbam2.py do without norms of squeezes and learned maps, in one call each.
 
 #pragma once
 
@@ -15,6 +15,8 @@
 #include <ATen/ops/hardsigmoid.h>
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
+#include <ATen/ops/native_batch_norm.h>
+#include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/threshold_backward.h>
@@ -124,16 +126,53 @@ Tensor mask_backward(const Tensor& g, const Tensor& logits, const Tensor& mask, 
   return g_z;
 }
 
-// A router whose layers are the `at`th and the one after: (B, n) to its hidden numbers and its weights.
-std::pair<Tensor, Tensor> route(const Weights& w, size_t at, const Tensor& x) {
-  Tensor hidden = dense(w, at, x).relu_();
-  return {hidden, at::_softmax(dense(w, at + 2, hidden), 1, false)};
+// How a BatchNorm of a router's logits measures: by the batch, or by these statistics.
+struct Measure {
+  Optional mean, variance;
+  bool by_batch;
+  double momentum, eps;
+};
+
+Measure measure_of(const Optionals& running, bool by_batch, double momentum, double eps) {
+  if (running.empty()) return {std::nullopt, std::nullopt, by_batch, momentum, eps};
+  return {running.get(0), running.get(1), by_batch, momentum, eps};
 }
 
-Tensor route_backward(const Weights& w, size_t at, const Tensor& x, const Tensor& hidden, const Tensor& mix,
+// What a router gives: weights (B, K), hidden numbers and, with a norm, logits before it and what it measured.
+struct Routed {
+  Tensor mix, hidden, logits, mean, invstd;
+  void append_to(std::vector<Tensor>& kept) const {
+    kept.push_back(hidden);
+    if (logits.defined()) kept.insert(kept.end(), {logits, mean, invstd});
+  }
+  static Routed of(const Tensor& mix, at::TensorList kept) {
+    if (kept.size() == 1) return {mix, kept[0]};
+    return {mix, kept[0], kept[1], kept[2], kept[3]};
+  }
+};
+
+// A router whose layers are the `at`th and the one after, and whose norm, if any, is the `norm`th, of x (B, n).
+Routed route(const Weights& w, size_t at, size_t norm, const Measure& by, const Tensor& x) {
+  Routed r;
+  r.hidden = dense(w, at, x).relu_();
+  Tensor z = dense(w, at + 2, r.hidden);
+  if (w.has(norm)) {
+    r.logits = z;
+    std::tie(z, r.mean, r.invstd) = at::native_batch_norm(z, w[norm], w[norm + 1], by.mean, by.variance, by.by_batch,
+                                                          by.momentum, by.eps);
+  }
+  r.mix = at::_softmax(z, 1, false);
+  return r;
+}
+
+// The gradient of x from that of the weights.
+Tensor route_backward(const Weights& w, size_t at, size_t norm, const Measure& by, const Tensor& x, const Routed& r,
                       const Tensor& g, std::vector<Tensor>& grads) {
-  const Tensor g_logits = at::_softmax_backward_data(g, mix, 1, g.scalar_type());
-  const Tensor g_hidden = at::threshold_backward(dense_backward(w, at + 2, hidden, g_logits, grads), hidden, 0);
+  Tensor g_logits = at::_softmax_backward_data(g, r.mix, 1, g.scalar_type());
+  if (r.logits.defined())
+    std::tie(g_logits, grads[norm], grads[norm + 1]) = at::native_batch_norm_backward(
+        g_logits, r.logits, w[norm], by.mean, by.variance, r.mean, r.invstd, by.by_batch, by.eps, {true, true, true});
+  const Tensor g_hidden = at::threshold_backward(dense_backward(w, at + 2, r.hidden, g_logits, grads), r.hidden, 0);
   return dense_backward(w, at, x, g_hidden, grads);
 }
 
@@ -144,20 +183,23 @@ void append(std::vector<Tensor>& to, const std::vector<Tensor>& grads, const Opt
 }
 
 // Weights of the channel part, in this order.
-enum Channel { fc1 = 0, fc2 = 2, fusion = 4, logits_of_mix = 8, channel_temperature = 9, channel_weights };
+enum Channel { fc1 = 0, fc2 = 2, fusion = 4, fusion_norm = 8, logits_of_mix = 10, channel_temperature, channel_weights };
 
 // squeezes (B, 2, C) to the mask (B, C), and what the backward takes: hidden numbers (2B, R), mix (B, 2), mixed ones
-// (B, R), logits over temperature and, of a router, its hidden numbers.
-std::vector<Tensor> channel(const Tensor& squeezes, const Optionals& weights, int64_t gate, bool center, bool learnable,
-                            double eps) {
+// (B, R), logits over temperature and what a router keeps. `running`: the statistics of its norm, or nothing.
+std::vector<Tensor> channel(const Tensor& squeezes, const Optionals& weights, const Optionals& running, bool by_batch,
+                            double momentum, double norm_eps, int64_t gate, bool center, bool learnable, double eps) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Masking m{static_cast<Gate>(gate), center, learnable, eps};
   const Weights w(weights, squeezes.scalar_type());
   const int64_t batch = squeezes.size(0), channels = squeezes.size(2);
   const Tensor hidden = dense(w, fc1, squeezes.view({2 * batch, channels})).relu_();
-  Tensor mix, of_router;
+  const Measure by = measure_of(running, by_batch, momentum, norm_eps);
+  Tensor mix;
+  Routed routed;
   const bool is_sum = !w.has(fusion) && !w.has(logits_of_mix);
-  if (w.has(fusion)) std::tie(of_router, mix) = route(w, fusion, squeezes.view({batch, 2 * channels}));
+  if (w.has(fusion))
+    routed = route(w, fusion, fusion_norm, by, squeezes.view({batch, 2 * channels})), mix = routed.mix;
   else if (is_sum) mix = at::ones({batch, 2}, squeezes.options());
   else mix = at::_softmax(w[logits_of_mix], 0, false).expand({batch, 2}).contiguous();
   const Tensor mixed = at::bmm(mix.unsqueeze(1), hidden.view({batch, 2, -1})).squeeze(1);
@@ -165,13 +207,14 @@ std::vector<Tensor> channel(const Tensor& squeezes, const Optionals& weights, in
   if (is_sum && w.has(fc2 + 1)) z.add_(w[fc2 + 1]);  // both squeezes carry it
   const auto [logits, mask] = mask_of(z, w, channel_temperature, m);
   std::vector<Tensor> found = {mask, hidden, mix, mixed, logits};
-  if (of_router.defined()) found.push_back(of_router);
+  if (routed.mix.defined()) routed.append_to(found);
   return found;
 }
 
 // The gradient of squeezes, and those of the weights that there are.
 std::vector<Tensor> channel_backward(const Tensor& g, const Tensor& squeezes, const Optionals& weights,
-                                     at::TensorList kept, int64_t gate, bool center, bool learnable, double eps) {
+                                     at::TensorList kept, const Optionals& running, bool by_batch, double norm_eps,
+                                     int64_t gate, bool center, bool learnable, double eps) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Masking m{static_cast<Gate>(gate), center, learnable, eps};
   const Weights w(weights, squeezes.scalar_type());
@@ -188,7 +231,8 @@ std::vector<Tensor> channel_backward(const Tensor& g, const Tensor& squeezes, co
   if (!is_sum) {
     const Tensor g_mix = at::bmm(hidden.view({batch, 2, -1}), g_mixed.unsqueeze(2)).squeeze(2);
     if (w.has(fusion))
-      g_squeezes.add_(route_backward(w, fusion, squeezes.view({batch, 2 * channels}), kept[5], mix, g_mix, grads)
+      g_squeezes.add_(route_backward(w, fusion, fusion_norm, measure_of(running, by_batch, 0, norm_eps),
+                                     squeezes.view({batch, 2 * channels}), Routed::of(mix, kept.slice(5)), g_mix, grads)
                           .view(squeezes.sizes()));
     else grads[logits_of_mix] = at::_softmax_backward_data(g_mix.sum(0), mix[0], 0, g.scalar_type());
   }
