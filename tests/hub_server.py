@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, oid):
-        data = self.body[:-1] + b"?" if self.kind == "corrupt" else self.body
+        data = self.body[:-1] + bytes([self.body[-1] ^ 255]) if self.kind == "corrupt" else self.body
         if hashlib.sha256(data).hexdigest() != oid:
             return self._json({"error": "checksum of the upload differs"}, 422)
         self.hub.blobs[oid] = data

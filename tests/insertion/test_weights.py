@@ -212,7 +212,8 @@ def test_finetune_starts_from_them(files, run, refused, write_folder, tmp_path):
     assert result.code == 0, result
     assert "the classifier starts anew, for 4 classes (it had 3 classes)" in result.out
     before, after = load_file(tmp_path / "new" / "model.safetensors"), load_file(tmp_path / "b/last/model.safetensors")
-    same = [key for key in before if not key.startswith("fc.")]
+    learnt = ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked")  # what its norms have seen
+    same = [key for key in before if not key.startswith("fc.") and not (".se." in key and key.endswith(learnt))]
     assert before.keys() == after.keys() and all(torch.allclose(before[k], after[k], atol=1e-6) for k in same)
     assert opened(tmp_path / "b" / "last").cbam2_options["kernel_sizes"] == (3,)
 
@@ -251,3 +252,19 @@ def test_repositories_on_the_hub(files, plain, environment, tmp_path):
         result = call("insert", "hf-hub:user/none", "-o", "other")
         assert result.returncode == 2 and result.stderr.startswith("timm-cbam2: hf-hub:user/none cannot be fetched")
         assert len(result.stderr.splitlines()) == 1
+
+
+def test_bare_weights_of_before_say_which_options_they_were_made_with(run, refused, write_folder, tmp_path):
+    before = dict(center_spatial=False, squeeze_norm=False, router_norm=False)
+    torch.save(timm.create_model("test_resnet_cbam2", cbam2=before, num_classes=3).state_dict(), tmp_path / "old.pth")
+    with pytest.raises(RuntimeError, match=r"as by 0.1, .* cbam2=dict\(center_spatial=False, .*router_norm=False\)"):
+        timm.create_model("test_resnet_cbam2", num_classes=3, checkpoint_path=str(tmp_path / "old.pth"))
+    opened = timm.create_model("test_resnet_cbam2", cbam2=before, num_classes=3, checkpoint_path=tmp_path / "old.pth")
+    assert opened.cbam2_options["router_norm"] is False
+
+    data = write_folder(tmp_path / "images")
+    start = ("--start-from", tmp_path / "old.pth", "--model", "test_resnet_cbam2", "--data", data, "--img-size", "16")
+    refused("finetune", *start, words=("saved without router_norm", "--cbam2 router_norm=False"))
+    off = [word for option in before for word in ("--cbam2", f"{option}=False")]
+    result = run("finetune", *start, *off, "--workers", "0", "--epochs", "1", "--output", tmp_path / "run")
+    assert result.code == 0, result

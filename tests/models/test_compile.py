@@ -219,11 +219,13 @@ def test_autocast_of_a_network_is_that_of_its_plain_path(name):
     """The block's own code against autograd's, both in a network under bf16.
 
     With 8 bits a single gradient may be off by half of itself either way. So each tensor is compared over twelve
-    batches: rounding averages out (0.1 at most), a factor of 1.5 in one formula does not (0.6 and more).
+    batches: rounding averages out (0.2 at most), a factor of 1.5 in one formula does not (0.6 and more). The first bias
+    of a normalised router is left out: of hidden numbers that are on in every image the norm takes it off again, so
+    that its gradient is rounding alone.
     """
     found = {}
     for seed in range(12):
-        x = images(4, 64, 64) + 0.1 * torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
+        x = images(32, 64, 64) + 0.1 * torch.randn(32, 3, 64, 64, generator=torch.Generator().manual_seed(seed))
         lean, plain = make(name).train(), make(name).train()
         for block in plain.modules():
             if isinstance(block, Cbam2):
@@ -234,6 +236,9 @@ def test_autocast_of_a_network_is_that_of_its_plain_path(name):
                 results = step(model, x, lambda x, model=model: model(x).float())
             assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in results)
             found.setdefault(model is lean, []).append([tensor.flatten() for tensor in results])
-    for own, wanted in zip(zip(*found[True]), zip(*found[False]), strict=True):
+    names = ["logits", *(name for name, _ in lean.named_parameters())]
+    for name, own, wanted in zip(names, zip(*found[True]), zip(*found[False]), strict=True):
         own, wanted = torch.cat(own), torch.cat(wanted)
+        if name.endswith("spatial.router.fc1.bias"):
+            continue
         assert abs((own @ wanted) / (wanted @ wanted) - 1) <= 0.25

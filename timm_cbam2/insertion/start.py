@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import UserError, one_line
 from ..hub.zoo import without_memory
-from ..models.cbam2 import is_cbam2
+from ..models.cbam2 import LIVE, is_cbam2
 from ..models.resnet_cbam2 import CIFAR_DEPTHS
 from .misfit import misfits
 from .read import Source
@@ -160,6 +160,9 @@ def fit(network: nn.Module, source: Source, new_head: bool = False) -> list[str]
     optional |= {key for key in own if key.endswith(".num_batches_tracked")}
     wanted = {key: value.shape for key, value in own.items() if key in weights or key not in optional}
     problem = misfits({key: value.shape for key, value in weights.items()}, wanted)
+    if any(key.endswith("spatial.router.fc2.bias") for key in weights.keys() - own.keys()):
+        off = " ".join(f"--cbam2 {option}=False" for option in LIVE)
+        problem = f"saved without router_norm, as by 0.1: give {off}; {problem}"
     if problem:
         raise UserError(f"{source.name} does not fit {network.pretrained_cfg['architecture']}: {problem}")
     network.load_state_dict({**own, **weights})

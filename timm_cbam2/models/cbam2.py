@@ -37,15 +37,19 @@ class CbamAttention(NamedTuple):
     router_weights: torch.Tensor  # (B, K), one per branch, the dilated last; (B, K, H, W) with router_pool="none"
 
 
-# Where a network differs from `Cbam2` alone: one made anew, and, for ever, a saved one that does not tell an option.
-REGISTERED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
+# Where a network differs from `Cbam2` alone: for ever, a saved one that does not tell an option; and one made anew, whose
+# decisions see what differs between images, so that none is the same for all.
 SAVED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
+LIVE = ("center_spatial", "squeeze_norm", "router_norm")
+REGISTERED_DEFAULTS: Dict[str, Any] = {**SAVED_DEFAULTS, **dict.fromkeys(LIVE, True)}
+BEFORE = f"dict({', '.join(f'{option}=False' for option in LIVE)})"
 
 
 def resolve_options(options: Optional[Mapping[str, Any]] = None, saved: bool = False) -> Dict[str, Any]:
     """Complete and check the CBAM2 options of a network.
 
-    An absent option takes the default of `Cbam2`, except `gate`, which is "unit_sigmoid" in every registered network.
+    An absent option takes the default of `Cbam2`, except `gate`, which is "unit_sigmoid" in every network, and, in a new
+    one, `center_spatial`, `squeeze_norm` and `router_norm`, which are on.
 
     Args:
         options: Keyword arguments of `Cbam2` (without `channels`, `device`, `dtype`); None means none.
@@ -106,8 +110,8 @@ class Cbam2(nn.Module):
             gate: Gate of both masks.
             device: Device of the parameters.
             dtype: Data type of the parameters.
-            center: See `ChannelAttn` and `SpatialAttn`; on in no registered model unless asked for, as all below.
-            center_spatial: See `SpatialAttn`, as for learned_maps.
+            center: See `ChannelAttn` and `SpatialAttn`.
+            center_spatial: See `SpatialAttn`, as for learned_maps; on in registered models, like the next two.
             squeeze_norm: See `ChannelAttn`.
             router_norm: Of both routers, see `ChannelAttn` and `SpatialAttn`.
 
@@ -129,6 +133,13 @@ class Cbam2(nn.Module):
         """Initialise anew; with gate="unit_sigmoid" the block is then exactly the identity."""
         self.channel.reset_parameters()
         self.spatial.reset_parameters()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        if strict and f"{prefix}spatial.router.fc2.bias" in state_dict and self.spatial.router.norm is not None:
+            told = f"saved without router_norm, as by 0.1, whose networks are made with cbam2={BEFORE}"
+            if not any(told in error for error in errors):  # one block says it for all
+                errors.append(f"{prefix[:-1] or 'Cbam2'}: {told}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def forward(
         self,

@@ -14,6 +14,7 @@ __all__ = [
     "LearnedMaps",
     "Measure",
     "PositionRouter",
+    "as_dtype",
     "measured_by",
     "measures",
     "statistics_kept",
@@ -24,6 +25,11 @@ __all__ = [
 QUIET = 0.1
 # What a norm measured by in one pass: its running mean and variance as they were, or None for the batch itself.
 Measure = Optional[Tuple[torch.Tensor, torch.Tensor]]
+
+
+def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in `dtype`; where it is so already exports are free of a conversion and of a check of it."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 class DecisionNorm(nn.BatchNorm1d):
@@ -61,8 +67,10 @@ class DecisionNorm(nn.BatchNorm1d):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
         assert mean is not None and var is not None  # for TorchScript
-        from_batch = self.training and x.numel() > x.shape[1]
-        own_mean, own_var = mean.to(x.dtype), var.to(x.dtype)
+        from_batch = False
+        if self.training and x.numel() > x.shape[1]:  # not by `and`, which of an unknown batch size is no bool
+            from_batch = True
+        own_mean, own_var = as_dtype(mean, x.dtype), as_dtype(var, x.dtype)
         if from_batch and not self.track_running_stats:
             own_mean, own_var = own_mean.clone(), own_var.clone()
         momentum = self.momentum
@@ -73,7 +81,8 @@ class DecisionNorm(nn.BatchNorm1d):
                 assert count is not None
                 count.add_(1)
                 momentum = 1.0 / float(count)
-        y = F.batch_norm(x, own_mean, own_var, weight.to(x.dtype), bias.to(x.dtype), from_batch, momentum, self.eps)
+        weight, bias = as_dtype(weight, x.dtype), as_dtype(bias, x.dtype)
+        y = F.batch_norm(x, own_mean, own_var, weight, bias, from_batch, momentum, self.eps)
         if from_batch and self.track_running_stats and x.dtype != mean.dtype:
             mean.copy_(own_mean)
             var.copy_(own_var)
@@ -140,7 +149,7 @@ class LearnedMaps(nn.Module):
 
     def forward(self, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Features (B, C, H, W) to maps (B, P, H, W) in `dtype`."""
-        return self.norm(F.conv2d(y.to(dtype), self.conv.weight.to(dtype)))
+        return self.norm(F.conv2d(as_dtype(y, dtype), as_dtype(self.conv.weight, dtype)))
 
 
 class PositionRouter(nn.Module):
@@ -156,8 +165,8 @@ class PositionRouter(nn.Module):
         """Maps (B, S, H, W) to weights (B, choices, H, W)."""
         bias = self.conv.bias
         if bias is not None:
-            bias = bias.to(maps.dtype)
-        z = F.conv2d(maps, self.conv.weight.to(maps.dtype), bias, padding=1)
+            bias = as_dtype(bias, maps.dtype)
+        z = F.conv2d(maps, as_dtype(self.conv.weight, maps.dtype), bias, padding=1)
         if self.norm is not None:
             z = self.norm(z)
         return z.softmax(1)

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .decisions_cbam2 import QUIET, DecisionNorm
+from .decisions_cbam2 import QUIET, DecisionNorm, as_dtype
 from .options_cbam2 import TEMPERATURE_EPS
 
 __all__ = [
@@ -57,11 +57,6 @@ def is_traced(x: Any) -> bool:
 def as_one_node(module: nn.Module, x: Any) -> Any:
     """The call of `module` as one node of the graph that torch.fx is tracing: its shapes depend on the input."""
     return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
-
-
-def as_dtype(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in `dtype`; where it is so already exports are free of a conversion and of a check of it."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def mean_in(x: torch.Tensor, dims: List[int], dtype: torch.dtype, keepdim: bool = False) -> torch.Tensor:
