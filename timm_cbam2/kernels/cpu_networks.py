@@ -24,8 +24,7 @@ def serves(block: nn.Module, dtype: torch.dtype) -> bool:
     channel, spatial = block.channel, block.spatial
     norms = [part.router.norm for part in (channel, spatial) if part.router is not None]
     return spatial.learned is None and all(
-        norm is None
-        or (norm.running_mean.dtype == dtype and norm.track_running_stats and norm.momentum is not None)
+        norm is None or (norm.running_mean.dtype == dtype and norm.track_running_stats and norm.momentum is not None)
         for norm in norms
     )
 

@@ -37,8 +37,8 @@ class CbamAttention(NamedTuple):
     router_weights: torch.Tensor  # (B, K), one per branch, the dilated last; (B, K, H, W) with router_pool="none"
 
 
-# Where a network differs from `Cbam2` alone: for ever, a saved one that does not tell an option; and one made anew, whose
-# decisions see what differs between images, so that none is the same for all.
+# Where a network differs from `Cbam2` alone: for ever, a saved one that does not tell an option; and one made anew,
+# whose decisions see what differs between images, so that none is the same for all.
 SAVED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
 LIVE = ("center_spatial", "squeeze_norm", "router_norm")
 REGISTERED_DEFAULTS: Dict[str, Any] = {**SAVED_DEFAULTS, **dict.fromkeys(LIVE, True)}
@@ -48,8 +48,8 @@ BEFORE = f"dict({', '.join(f'{option}=False' for option in LIVE)})"
 def resolve_options(options: Optional[Mapping[str, Any]] = None, saved: bool = False) -> Dict[str, Any]:
     """Complete and check the CBAM2 options of a network.
 
-    An absent option takes the default of `Cbam2`, except `gate`, which is "unit_sigmoid" in every network, and, in a new
-    one, `center_spatial`, `squeeze_norm` and `router_norm`, which are on.
+    An absent option takes the default of `Cbam2`, except `gate`, which is "unit_sigmoid" in every network, and, in a
+    new one, `center_spatial`, `squeeze_norm` and `router_norm`, which are on.
 
     Args:
         options: Keyword arguments of `Cbam2` (without `channels`, `device`, `dtype`); None means none.
