@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torchvision
 from randomise import randomise
 from timm.utils import ModelEmaV3
 from transformers import AutoModelForImageClassification
@@ -229,6 +230,20 @@ def test_absent_in_a_saved_configuration_means_off(tmp_path):
             torch.testing.assert_close(opened.eval()(x), old.eval()(x))
     del config["model_args"]
     assert _chosen(Cbam2Config.from_dict(config).model_args["cbam2"]) == OFF
+
+
+def test_decisions_of_new_networks_are_measured_over_the_batch_where_the_network_itself_is():
+    on = {**OFF, "center_spatial": True, "squeeze_norm": True, "router_norm": True}
+    ours = {"resnet20_cbam2": on, "test_resnet_cbam2": on, "test_convnext_cbam2": OFF}
+    for name, expected in ours.items():
+        assert _chosen(timm.create_model(name).cbam2_options) == expected
+        assert _chosen(Cbam2Config(architecture=name).model_args["cbam2"]) == expected
+        inserted = timm_cbam2.insert(timm.create_model(name.removesuffix("_cbam2")))
+        blocks = [module for module in inserted.modules() if isinstance(module, Cbam2)]
+        assert blocks and {block.channel.norm is not None for block in blocks} == {expected["squeeze_norm"]}
+    frozen = torchvision.models.resnet18(norm_layer=torchvision.ops.FrozenBatchNorm2d)
+    timm_cbam2.insert(frozen)
+    assert not any(isinstance(module, torch.nn.modules.batchnorm._BatchNorm) for module in frozen.modules())
 
 
 def test_a_model_of_given_sizes_becomes_torchscript():

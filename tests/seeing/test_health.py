@@ -24,9 +24,8 @@ def test_health_tells_collapse_and_saturation():
     se = network.layer1[0].se
     with torch.no_grad():
         network.layer1[0].bn2.weight.fill_(1.0)  # timm's zero there would give the block nothing to see
-        se.spatial.router.fc2.bias[2] = 50.0
-        se.channel.router.fc2.weight.zero_()
-        se.channel.router.fc2.bias.zero_()
+        se.spatial.router.norm.bias[2] = 50.0
+        se.channel.router.norm.weight.zero_()
         se.channel.fc1.weight.abs_()
         se.channel.fc2.weight.normal_(0, 1e4)
     found = measure(network, images)
@@ -47,7 +46,7 @@ def test_a_hard_mask_that_depends_on_the_image_is_not_dead():
         network.layer1[0].bn2.weight.fill_(1.0)
         block.spatial.branches[0].dw.weight.fill_(1.0)
         block.spatial.branches[0].pw.weight[0, 0] = 1e4  # of the average over channels
-        block.spatial.router.fc2.bias[0] = 50.0
+        block.spatial.router.norm.bias[0] = 50.0
     found = measure(network, torch.randn(8, 3, 32, 32))
     seen = found["blocks"]["layer1.0.se"]
     assert seen["spatial_saturated"] > 0.9 > 0.5 > seen["spatial_dead"]

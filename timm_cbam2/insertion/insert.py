@@ -7,6 +7,7 @@ from typing import Any, Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models.cbam2 import Cbam2, resolve_options
 from .hosts import Kind, attach, detach, slot_of
@@ -53,7 +54,8 @@ def insert(
         ValueError: nothing is understood or found, a place is taken, a module's output is not (B, C, H, W), or an
             option is not allowed. The network is then as it was.
     """
-    options = resolve_options(cbam2_options)
+    batch_norm = any(isinstance(module, _BatchNorm) for module in model.modules())
+    options = resolve_options(cbam2_options, batch_norm=batch_norm)
     places = choose(model, where, replace)
     probe = Probe(model, example)
     counts = _channels(places, channels, probe)

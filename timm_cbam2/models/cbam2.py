@@ -38,23 +38,27 @@ class CbamAttention(NamedTuple):
 
 
 # Where a network differs from `Cbam2` alone: for ever, a saved one that does not tell an option; and one made anew,
-# whose decisions see what differs between images, so that none is the same for all.
+# whose decisions see what differs between images, so that none is the same for all. That is measured over the batch,
+# which a network without BatchNorm, a ConvNeXt, must not depend on.
 SAVED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
 LIVE = ("center_spatial", "squeeze_norm", "router_norm")
 REGISTERED_DEFAULTS: Dict[str, Any] = {**SAVED_DEFAULTS, **dict.fromkeys(LIVE, True)}
 BEFORE = f"dict({', '.join(f'{option}=False' for option in LIVE)})"
 
 
-def resolve_options(options: Optional[Mapping[str, Any]] = None, saved: bool = False) -> Dict[str, Any]:
+def resolve_options(
+    options: Optional[Mapping[str, Any]] = None, saved: bool = False, batch_norm: bool = True
+) -> Dict[str, Any]:
     """Complete and check the CBAM2 options of a network.
 
     An absent option takes the default of `Cbam2`, except `gate`, which is "unit_sigmoid" in every network, and, in a
-    new one, `center_spatial`, `squeeze_norm` and `router_norm`, which are on.
+    new one with BatchNorm, `center_spatial`, `squeeze_norm` and `router_norm`, which are on.
 
     Args:
         options: Keyword arguments of `Cbam2` (without `channels`, `device`, `dtype`); None means none.
         saved: They come from a saved configuration: what is absent there means for ever what it meant when the file
             was written, whatever networks are registered with by now.
+        batch_norm: The network has BatchNorm, as ResNets have and ConvNeXts have not.
 
     Returns:
         Every option with its value, lists turned into tuples.
@@ -65,7 +69,8 @@ def resolve_options(options: Optional[Mapping[str, Any]] = None, saved: bool = F
     defaults = {name: parameter.default for name, parameter in inspect.signature(Cbam2).parameters.items()}
     for name in ("channels", "device", "dtype"):
         del defaults[name]
-    return complete_options(options, {**defaults, **(SAVED_DEFAULTS if saved else REGISTERED_DEFAULTS)})
+    own = REGISTERED_DEFAULTS if batch_norm and not saved else SAVED_DEFAULTS
+    return complete_options(options, {**defaults, **own})
 
 
 @register_notrace_module  # one node in torch.fx: its shapes depend on the input

@@ -101,6 +101,10 @@ def _checked_count(value: Any) -> int:
     return value
 
 
+def _has_batch_norm(architecture: str) -> bool:
+    return "convnext" not in architecture
+
+
 def _json(value: Any) -> Any:
     """What `value` reads as after a trip through a file: lists for tuples."""
     return json.loads(json.dumps(value))
@@ -140,7 +144,8 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         refused = sorted(arguments.keys() & _REFUSED_ARGS)
         if refused:
             raise ValueError(f"model_args {refused[0]!r} is not allowed in a cbam2 configuration; leave it out.")
-        self.model_args = {**arguments, "cbam2": _json(resolve_options(arguments.get("cbam2")))}
+        options = resolve_options(arguments.get("cbam2"), batch_norm=_has_batch_norm(self.architecture))
+        self.model_args = {**arguments, "cbam2": _json(options)}
         if arguments.get("in_chans"):
             size = self.pretrained_cfg.get("input_size") or default_cfg["input_size"]
             self.pretrained_cfg["input_size"] = [arguments["in_chans"], *size[1:]]
@@ -217,7 +222,8 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         cfg = dict(found.get("pretrained_cfg") or {})
         found |= {"architecture": f"{plain}_cbam2", "pretrained_cfg": {**cfg, "tag": WARM_START + cfg.get("tag", "")}}
         arguments = dict(found.get("model_args") or {})
-        found["model_args"] = {**arguments, "cbam2": resolve_options(arguments.get("cbam2"))}  # the attention is new
+        options = resolve_options(arguments.get("cbam2"), batch_norm=_has_batch_norm(plain))  # the attention is new
+        found["model_args"] = {**arguments, "cbam2": options}
         return cls.from_dict(found, return_unused_kwargs=True, **kwargs)
 
     @classmethod

@@ -69,7 +69,7 @@ class ConvNeXtCbam2(TellsOptions, TakesPlainWeights, ConvNeXt):
         Raises:
             ValueError: For an option that is unknown or not allowed.
         """
-        options = resolve_options(cbam2)
+        options = resolve_options(cbam2, batch_norm=False)
         super().__init__(*args, device=device, dtype=dtype, **kwargs)
         self.cbam2_options = options
         # After timm's initialiser, which would otherwise walk over the attention too.
