@@ -20,7 +20,7 @@ def _loud(about: str, recipe: dict[str, Any] | None = None, gains: Any = (1.0, 1
     return {**_cbam2(about, recipe, **options), "gains": gains}
 
 
-SLOW, HALF = {"attention_lr_scale": 0.1}, {"lr": 3e-3}
+SLOW, THIRD, HALF = {"attention_lr_scale": 0.1}, {"attention_lr_scale": 0.3}, {"lr": 3e-3}
 BOTH: dict[str, Any] = dict(router_norm=True, squeeze_norm=True)
 LIVE: dict[str, Any] = dict(center_spatial=True, **BOTH)
 MAPS_LIVE: dict[str, Any] = dict(learned_maps=4, **LIVE)
@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"attention": None, "about": "no attention"},
     "plain-3": {"attention": None, "about": "no attention, half the rate", "recipe": HALF},
     "se": {"attention": "se", "about": "timm's squeeze-and-excitation"},
+    "se-03": {"attention": "se", "about": "the same, SGD at 0.03", "recipe": {"lr": 0.03}},
     "eca": {"attention": "eca", "about": "timm's efficient channel attention"},
     "cbam": {"attention": "cbam", "about": "timm's CBAM"},
     "cbam2": _cbam2("every option off: as registered in 0.1"),
@@ -41,7 +42,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "maps": _cbam2("and four learned maps", center_spatial=True, learned_maps=4),
     "quiet": _cbam2("squeezes and routers normalised", **BOTH),
     "quiet-maps": _cbam2("and four learned maps", learned_maps=4, **BOTH),
-    "quiet-center": _cbam2("squeezes and routers normalised, spatial gate centred", **LIVE),
+    "quiet-center": _cbam2("squeezes and routers normalised, spatial gate centred: as registered", **LIVE),
+    "quiet-center-slow": _cbam2("the same, attention's learning rate a tenth", SLOW, **LIVE),
+    "quiet-center-third": _cbam2("the same, attention's learning rate a third", THIRD, **LIVE),
     "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
     # the same from full strength, as the block once started
     "maps-route": _loud("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
