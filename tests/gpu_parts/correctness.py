@@ -85,7 +85,7 @@ def _one_block(
     x = x.to(DTYPES[dtype])
     state = {key: value.double().requires_grad_() for key, value in rounded.state_dict().items()}
     trained = [state[key] for key, _ in layer.named_parameters()]
-    options = resolve_options(OPTIONS[name])
+    options = resolve_options(OPTIONS[name], saved=True)  # the layer alone
     true = _passes(lambda x: reference(state, options, x)[0], x.double(), trained, weight.double())
     there = rounded.to(place.device)
     put = x.to(place.device).contiguous(memory_format=LAYOUTS[layout])
@@ -107,7 +107,7 @@ def networks(place: Place) -> None:
         for twin in (True, False):  # the plain network first: what it loses in a precision is no fault of the block
             torch.manual_seed(0)
             network = randomise(timm.create_model(name if twin else f"{name}_cbam2", num_classes=10))
-            x, weight = torch.randn(4, 3, size, size), torch.randn(4, 10)
+            x, weight = torch.randn(16, 3, size, size), torch.randn(16, 10)  # norms over few magnify
             true = _passes_of(copy.deepcopy(network).double(), x.double(), weight.double(), None)
             if twin:
                 plain: dict[tuple, float] = {}

@@ -234,8 +234,7 @@ def test_absent_in_a_saved_configuration_means_off(tmp_path):
 
 def test_decisions_of_new_networks_are_measured_over_the_batch_where_the_network_itself_is():
     on = {**OFF, "center_spatial": True, "squeeze_norm": True, "router_norm": True}
-    ours = {"resnet20_cbam2": on, "test_resnet_cbam2": on, "test_convnext_cbam2": OFF}
-    for name, expected in ours.items():
+    for name, expected in {"resnet20_cbam2": on, "test_resnet_cbam2": on, "test_convnext_cbam2": OFF}.items():
         assert _chosen(timm.create_model(name).cbam2_options) == expected
         assert _chosen(Cbam2Config(architecture=name).model_args["cbam2"]) == expected
         inserted = timm_cbam2.insert(timm.create_model(name.removesuffix("_cbam2")))
