@@ -9,6 +9,7 @@ import torch
 from packaging.version import Version
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 
+from timm_cbam2 import Cbam2Config
 from timm_cbam2.errors import UserError
 from timm_cbam2.hub.configs import config_texts, configs
 
@@ -47,3 +48,20 @@ def test_build_without_network(name):
         assert AutoModel.from_config(config).eval()(torch.randn(1, 3, 64, 64)).pooler_output.isfinite().all()
     if config.num_labels == 1000:
         assert config.id2label[0].startswith("tench") and "id2label" not in config.to_dict()
+
+
+def test_they_tell_what_networks_are_made_with():
+    """Decisions are measured over the batch exactly where the network itself is."""
+    found = set()
+    for file in sorted(FOLDER.glob("*/config.json")):
+        with torch.device("meta"):
+            model = timm.create_model(file.parent.name)
+        told = json.loads(file.read_text())["model_args"]["cbam2"]
+        assert told == json.loads(json.dumps(model.cbam2_options)), file
+        normalised = {module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)}
+        assert told["squeeze_norm"] == told["router_norm"] == told["center_spatial"] == bool(normalised), file
+        found.add(bool(normalised))
+    assert found == {True, False}
+    grouped = Cbam2Config(architecture="resnet18_cbam2", model_args={"norm_layer": "groupnorm"})
+    assert not grouped.model_args["cbam2"]["router_norm"]
+    assert not timm.create_model("resnet18_cbam2", norm_layer="groupnorm").cbam2_options["router_norm"]

@@ -18,7 +18,7 @@ from transformers.backbone_utils import BackboneConfigMixin
 from .arguments_cbam2 import MAX_CLASSES, check_config, check_pretrained_cfg
 from .cbam2 import resolve_options
 from .convnext_cbam2 import ConvNeXtCbam2
-from .resnet_cbam2 import ResNetCbam2
+from .resnet_cbam2 import ResNetCbam2, has_batch_norm
 from .saved_cbam2 import write_config
 from .weights_cbam2 import WARM_START
 
@@ -101,8 +101,10 @@ def _checked_count(value: Any) -> int:
     return value
 
 
-def _has_batch_norm(architecture: str) -> bool:
-    return "convnext" not in architecture
+def _has_batch_norm(architecture: str, arguments: dict[str, Any]) -> bool:
+    if "convnext" in architecture or "gn" in architecture.split("_"):
+        return False
+    return has_batch_norm(arguments.get("norm_layer"))
 
 
 def _json(value: Any) -> Any:
@@ -144,7 +146,7 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         refused = sorted(arguments.keys() & _REFUSED_ARGS)
         if refused:
             raise ValueError(f"model_args {refused[0]!r} is not allowed in a cbam2 configuration; leave it out.")
-        options = resolve_options(arguments.get("cbam2"), batch_norm=_has_batch_norm(self.architecture))
+        options = resolve_options(arguments.get("cbam2"), batch_norm=_has_batch_norm(self.architecture, arguments))
         self.model_args = {**arguments, "cbam2": _json(options)}
         if arguments.get("in_chans"):
             size = self.pretrained_cfg.get("input_size") or default_cfg["input_size"]
@@ -222,7 +224,8 @@ class Cbam2Config(BackboneConfigMixin, PreTrainedConfig):
         cfg = dict(found.get("pretrained_cfg") or {})
         found |= {"architecture": f"{plain}_cbam2", "pretrained_cfg": {**cfg, "tag": WARM_START + cfg.get("tag", "")}}
         arguments = dict(found.get("model_args") or {})
-        options = resolve_options(arguments.get("cbam2"), batch_norm=_has_batch_norm(plain))  # the attention is new
+        batch_norm = _has_batch_norm(plain, arguments)  # by today's defaults, since the attention is new
+        options = resolve_options(arguments.get("cbam2"), batch_norm=batch_norm)
         found["model_args"] = {**arguments, "cbam2": options}
         return cls.from_dict(found, return_unused_kwargs=True, **kwargs)
 

@@ -12,11 +12,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn as nn
+from timm.layers import get_norm_layer
 from timm.models import build_model_with_cfg, generate_default_cfgs
 from timm.models import resnet as timm_resnet
 from timm.models._builder import resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .arguments_cbam2 import refuse_fixed
 from .cbam2 import Cbam2, resolve_options
@@ -32,13 +34,20 @@ from .twins_cbam2 import (
 )
 from .weights_cbam2 import TakesPlainWeights
 
-__all__ = ["CifarResNet", "CifarResNetCbam2", "ResNetCbam2"]
+__all__ = ["CifarResNet", "CifarResNetCbam2", "ResNetCbam2", "has_batch_norm"]
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR_STD = (0.2470, 0.2435, 0.2616)
 CIFAR_STAGES = 3
 OWN_END = {BasicBlock: BasicBlockCbam2, Bottleneck: BottleneckCbam2}
 CIFAR_DEPTHS = {"resnet20": 3, "resnet32": 5, "resnet44": 7, "resnet56": 9}
+
+
+def has_batch_norm(norm_layer: Any = None) -> bool:
+    """Whether a timm ResNet that is made with this `norm_layer`, None for its own, normalises over the batch."""
+    layer = get_norm_layer(nn.BatchNorm2d if norm_layer is None else norm_layer)
+    layer = getattr(layer, "func", layer)
+    return isinstance(layer, type) and issubclass(layer, _BatchNorm)
 
 
 class _AttentionSlot(TellsOptions, TakesPlainWeights, ResNet):
@@ -68,7 +77,7 @@ class _AttentionSlot(TellsOptions, TakesPlainWeights, ResNet):
                 f"block_args attn_layer={block_args['attn_layer']!r} is not allowed: the slot holds CBAM2. "
                 "Use the architecture without _cbam2 for another attention layer."
             )
-        options = resolve_options(cbam2)
+        options = resolve_options(cbam2, batch_norm=has_batch_norm(kwargs.get("norm_layer")))
         super().__init__(*args, block_args={**(block_args or {}), "attn_layer": partial(Cbam2, **options)}, **kwargs)
         self.cbam2_options = options
         stages = [stage for stage in (self.layer1, self.layer2, self.layer3, self.layer4) if len(stage)]
