@@ -173,7 +173,7 @@ def test_a_run_and_its_table(tmp_path, capsys):
         (dict(variants="plain,sse"), "no sse"),
         (dict(seeds="a"), "--seeds a"),
         (dict(stages="4"), "--stages 4"),
-        (dict(recipe="adam"), "adamw, sgd"),
+        (dict(recipe="adam"), "adamw, adamw-fast, sgd, sgd-fast"),
     ):
         with pytest.raises(UserError, match=text):
             run(**{**small, **wrong})
