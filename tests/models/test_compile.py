@@ -219,9 +219,9 @@ def test_autocast_of_a_network_is_that_of_its_plain_path(name):
     """The block's own code against autograd's, both in a network under bf16.
 
     With 8 bits a single gradient may be off by half of itself either way. So each tensor is compared over twelve
-    batches: rounding averages out (0.2 at most), a factor of 1.5 in one formula does not (0.6 and more). The first bias
-    of a normalised router is left out: of hidden numbers that are on in every image the norm takes it off again, so
-    that its gradient is rounding alone.
+    batches: rounding averages out (0.23 at most), a factor of 1.5 in one formula does not (0.6 and more). The first
+    bias of a normalised router is left out: of hidden numbers that are on in every image the norm takes it off again,
+    so that its gradient is rounding alone.
     """
     found = {}
     for seed in range(12):
@@ -239,6 +239,6 @@ def test_autocast_of_a_network_is_that_of_its_plain_path(name):
     names = ["logits", *(name for name, _ in lean.named_parameters())]
     for name, own, wanted in zip(names, zip(*found[True]), zip(*found[False]), strict=True):
         own, wanted = torch.cat(own), torch.cat(wanted)
-        if name.endswith("spatial.router.fc1.bias"):
+        if name.endswith("spatial.router.fc1.bias") and name.replace("fc1.bias", "norm.bias") in names:
             continue
         assert abs((own @ wanted) / (wanted @ wanted) - 1) <= 0.25

@@ -43,7 +43,11 @@ class CbamAttention(NamedTuple):
 SAVED_DEFAULTS: Dict[str, Any] = {"gate": "unit_sigmoid"}
 LIVE = ("center_spatial", "squeeze_norm", "router_norm")
 REGISTERED_DEFAULTS: Dict[str, Any] = {**SAVED_DEFAULTS, **dict.fromkeys(LIVE, True)}
-BEFORE = f"dict({', '.join(f'{option}=False' for option in LIVE)})"
+
+
+def made_with(on: bool) -> str:
+    """How to ask for a network with these three on, or off as 0.1 made them."""
+    return f"cbam2=dict({', '.join(f'{option}={on}' for option in LIVE)})"
 
 
 def resolve_options(
@@ -141,7 +145,7 @@ class Cbam2(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
         if strict and f"{prefix}spatial.router.fc2.bias" in state_dict and self.spatial.router.norm is not None:
-            told = f"saved without router_norm, as by 0.1, whose networks are made with cbam2={BEFORE}"
+            told = f"saved without router_norm, as by 0.1, whose networks are made with {made_with(False)}"
             if not any(told in error for error in errors):  # one block says it for all
                 errors.append(f"{prefix[:-1] or 'Cbam2'}: {told}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)

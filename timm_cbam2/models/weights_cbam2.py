@@ -9,7 +9,7 @@ import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from .cbam2 import LIVE, Cbam2
+from .cbam2 import Cbam2, made_with
 from .saved_cbam2 import OLD_TIMM, input_channels
 
 __all__ = [
@@ -60,12 +60,11 @@ def _attention_keys(model: nn.Module) -> Set[str]:
     return {key for key in model.state_dict() if key.startswith(prefixes)}
 
 
-def _made_with(unexpected: Set[str]) -> str:
+def _hint(unexpected: Set[str]) -> str:
     """What a folder that does not tell its network's options, as timm before 1.0.31 saves it, was made with."""
     for key, on in (("router.norm.weight", True), ("spatial.router.fc2.bias", False)):
         if any(name.endswith(key) for name in unexpected):
-            options = ", ".join(f"{option}={on}" for option in LIVE)
-            return f" They may be of a network with cbam2=dict({options}): give that; timm_cbam2.save keeps it."
+            return f" They may be of a network with {made_with(on)}: give that; timm_cbam2.save keeps it."
     return ""
 
 
@@ -126,7 +125,7 @@ def check_weights(weights: Weights, model: nn.Module, remap: Optional[Callable],
     if problems:
         raise ValueError(
             f"These weights do not fit {cfg['architecture']}: {'; '.join(problems)}. "
-            f"Give the weights of this architecture and these options, or pretrained=False.{_made_with(unexpected)}"
+            f"Give the weights of this architecture and these options, or pretrained=False.{_hint(unexpected)}"
         )
     if warm_start and any(m.channel.gate != "unit_sigmoid" for m in model.modules() if isinstance(m, Cbam2)):
         warnings.warn(
