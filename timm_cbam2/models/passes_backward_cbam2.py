@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Tuple
 import torch
 
 from .parts_cbam2 import compute_dtype
-from .pieces_cbam2 import Affine, Small, across, chunks_of
+from .pieces_cbam2 import Affine, Small, Wide, across, chunks_of
 
 __all__ = ["TorchBackward"]
 
@@ -34,7 +34,10 @@ class TorchBackward:
         self.dtype = compute_dtype(z)
         self.chunks = chunks_of(z)
         first = z[self.chunks[0]]
+        self.wide = Wide(first)
         self.scratch = torch.empty_like(first, dtype=self.dtype)
+        if self.dtype != z.dtype:
+            self.rounded, self.weighted = torch.empty_like(first), torch.empty_like(self.scratch)
         if affine is not None:
             self.normalised, self.top = torch.empty_like(first), torch.empty_like(first, dtype=self.dtype)
 
@@ -50,18 +53,26 @@ class TorchBackward:
         y = self.scratch[: len(x)]
         if self.dtype == x.dtype:
             return torch.mul(x, self.ca[c], out=y)
-        return y.copy_(x * self.ca[c])
+        return y.copy_(torch.mul(x, self.ca[c], out=self.rounded[: len(x)]))
+
+    def _product(self, c: slice) -> torch.Tensor:
+        """The same but for rounding, in fewer steps where x has yet to be made."""
+        if self.affine is None:
+            return self._masked(c, self._x(c))
+        scale, shift = (self.small.ca[c] * t for t in self.affine[:2])
+        z = self.z[c]
+        return torch.addcmul(across(shift), z, across(scale), out=self.scratch[: len(z)])
 
     def start_backward(self, g: torch.Tensor, small: Small, gamma: Any, out: Any) -> torch.Tensor:
         """The gradient of sa (B, H, W) from g, that of the output; `out` is given where an activation followed."""
         self.small, self.gamma = small, None if gamma is None else across(gamma)
-        self.ca, self.sa = across(small.ca.to(self.z.dtype)), small.sa.to(self.z.dtype)[:, None]
+        self.ca, self.sa = across(small.ca.to(self.z.dtype)), small.sa.to(self.z.dtype).to(self.dtype)[:, None]
         self.g = g if out is None else torch.empty_like(out)
         g_sa = torch.empty_like(small.sa)
         for c in self.chunks:
             if out is not None:
                 torch.ops.aten.threshold_backward.grad_input(g[c], out[c], 0, grad_input=self.g[c])
-            p = self._masked(c, self._x(c)).mul_(self.g[c])
+            p = self._product(c).mul_(self.wide(self.g[c], "g"))
             if self.gamma is not None:
                 p.mul_(self.gamma)
             torch.sum(p, 1, dtype=self.dtype, out=g_sa[c])
@@ -83,17 +94,18 @@ class TorchBackward:
         self.by_channel = torch.empty_like(g_ca)  # Σ_hw g·x·sa, which layer-scale needs
         by_map: List[torch.Tensor] = []
         for c in self.chunks:
-            x = self._x(c)
+            stored = self._x(c)
+            x = self.wide(stored)
             g_y = self._weighted(c, x)
-            at = self._masked(c, x)
+            at = self._masked(c, stored)
             torch.eq(at, self.small.maps[c, 1:2], out=at)  # 1 and 0
-            g_y.add_(at.mul_(g_max[c] / at.sum(1, keepdim=True))).add_(g_avg[c])
+            g_y.addcmul_(at, g_max[c] / at.sum(1, keepdim=True)).add_(g_avg[c])
             if g_learned is not None:
                 given = g_learned[c].flatten(2)  # (b, P, H·W)
                 _add_product(g_y, given, learned)
                 by_map.append(torch.bmm(given, x.flatten(2).transpose(1, 2).to(self.dtype)))
             self._sum(c, g_y, x, g_ca)
-            if self.dtype != x.dtype:
+            if self.dtype != self.z.dtype:
                 self.g_x[c] = g_y
         if g_learned is not None:
             self.learned_gradient = (torch.cat(by_map) * self.small.ca[:, None]).sum(0)  # (P, C)
@@ -101,10 +113,8 @@ class TorchBackward:
 
     def _weighted(self, c: slice, x: torch.Tensor) -> torch.Tensor:
         """γ·g·sa of those samples."""
-        if self.dtype == x.dtype:
-            g_y = torch.mul(self.g[c], self.sa[c], out=self.g_x[c])
-        else:
-            g_y = (self.g[c] * self.sa[c]).to(self.dtype)
+        to = self.g_x[c] if self.dtype == self.z.dtype else self.weighted[: len(x)]
+        g_y = torch.mul(self.wide(self.g[c], "g"), self.sa[c], out=to)
         if self.gamma is not None:
             torch.sum(torch.mul(g_y, x, out=self.scratch[: len(x)]), (2, 3), out=self.by_channel[c])
             g_y.mul_(self.gamma)
@@ -141,10 +151,12 @@ class TorchBackward:
             scale = self.affine.scale
             ca, rest, most, slope = ca * scale, (rest - offset) * scale, most * scale, across(slope * scale)
         else:
-            ca = ca.to(self.z.dtype)
+            ca = ca.to(self.z.dtype).to(self.dtype)
         ca, rest = across(ca), across(rest)
         for c in self.chunks:
-            x, g_y = self._x(c), self.g_x[c].to(self.dtype)
+            x, g_y = self.wide(self._x(c)), self.g_x[c]
+            if self.dtype != self.z.dtype:
+                g_y = self.weighted[: len(x)].copy_(g_y)
             top = self._at_top(c, x)
             if self.affine is None:
                 torch.sum(top, (2, 3), out=self.ties[c])
@@ -152,7 +164,7 @@ class TorchBackward:
             if self.affine is not None:
                 away = torch.sub(self.z[c], across(self.affine.mean), out=self.scratch[: len(x)])
                 g_y.addcmul_(away, slope, value=-1)
-            if self.dtype != x.dtype:
+            if self.dtype != self.z.dtype:
                 self.g_x[c] = g_y
         return self.g_x, g_weight, g_bias
 

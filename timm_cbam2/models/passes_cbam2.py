@@ -18,7 +18,7 @@ import torch
 
 from .parts_cbam2 import compute_dtype
 from .passes_backward_cbam2 import TorchBackward
-from .pieces_cbam2 import Affine, End, Small, across, chunks_of
+from .pieces_cbam2 import Affine, End, Small, Wide, across, chunks_of, largest
 
 __all__ = ["Affine", "End", "Small", "TorchPasses", "passes_for", "registered", "use_passes"]
 
@@ -65,6 +65,7 @@ class TorchPasses:
         self.owned = owned or affine is not None
         self.dtype = compute_dtype(x)
         self.chunks = chunks_of(x)
+        self.wide = Wide(x[self.chunks[0]])
 
     @staticmethod
     def networks(block: Any) -> Any:
@@ -84,9 +85,9 @@ class TorchPasses:
         """The average and the maximum over positions, (B, 2, C)."""
         out = self.given.new_empty((self.x.shape[0], 2, self.x.shape[1]), dtype=self.dtype)
         for c in self.chunks:
-            x = self._normalised(c)
+            x = self.wide(self._normalised(c))
             torch.mean(x, (2, 3), dtype=self.dtype, out=out[c, 0])
-            out[c, 1] = x.amax((2, 3))
+            out[c, 1] = largest(x)
         return out
 
     def maps(self, ca: torch.Tensor, learned: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -97,7 +98,7 @@ class TorchPasses:
         count = 2 if learned is None else 2 + len(learned)
         out = self.x.new_empty((self.x.shape[0], count, *self.x.shape[2:]), dtype=self.dtype)
         for c in self.chunks:
-            y = torch.mul(self.x[c], mask[c], out=self.y[c])
+            y = self.wide(torch.mul(self.x[c], mask[c], out=self.y[c]))
             torch.mean(y, 1, dtype=self.dtype, out=out[c, 0])
             out[c, 1] = y.amax(1)
             if learned is not None:

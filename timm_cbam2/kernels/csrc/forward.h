@@ -66,7 +66,7 @@ void reduce_rows(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const Le
       totals[l] += v;
       mosts[l] = v > mosts[l] ? v : mosts[l];
     });
-    to.sums[o] = sum_of(totals), to.largest[o] = *std::max_element(mosts, mosts + lanes);
+    to.sums[o] = sum_of(totals), to.largest[o] = largest_of(mosts);
     int64_t p = 0;
     for (; p + 4 <= more.count; p += 4) dot_products<4>(row, n, more, p, to.learned + p * to.stride + o, to.stride);
     for (; p < more.count; ++p) dot_products<1>(row, n, more, p, to.learned + p * to.stride + o, to.stride);

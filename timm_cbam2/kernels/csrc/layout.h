@@ -118,9 +118,26 @@ inline void unrolled(F body) {
   unrolled(body, std::make_index_sequence<count>());
 }
 
+// What `join` makes of all lanes, in pairs: one after the other each would wait for the one before.
+template <typename A, typename F>
+inline A over_lanes(const A* values, F join) {
+  A left[lanes / 2];
+#pragma omp simd
+  for (int64_t l = 0; l < lanes / 2; ++l) left[l] = join(values[l], values[l + lanes / 2]);
+  for (int64_t n = lanes / 4; n; n /= 2)
+#pragma omp simd
+    for (int64_t l = 0; l < n; ++l) left[l] = join(left[l], left[l + n]);
+  return left[0];
+}
+
 template <typename A>
 inline A sum_of(const A* values) {
-  return std::accumulate(values, values + lanes, A(0));
+  return over_lanes(values, [](A one, A other) { return one + other; });
+}
+
+template <typename A>
+inline A largest_of(const A* values) {
+  return over_lanes(values, [](A one, A other) { return other > one ? other : one; });
 }
 
 template <typename F>
