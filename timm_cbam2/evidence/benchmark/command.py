@@ -20,6 +20,7 @@ from .floor import floor
 from .networks import DTYPES, VARIANTS, Setup, build, macs, make_step, variants_of
 from .picture import draw
 from .printed import KINDS, machine_line, print_floor, print_table, scaling, table
+from .profile import profile_table, spent_in_turn
 from .timing import WARM_UP, machine, peak_memory, quartiles, time_in_turn
 
 __all__ = ["benchmark"]
@@ -32,6 +33,7 @@ class Also(NamedTuple):
     kernel: bool
     memory: bool
     floor: bool
+    profile: bool
 
 
 def _sizes(text: str | None, model: str) -> list[int]:
@@ -90,11 +92,11 @@ def _explained(setup: Setup) -> Iterator[None]:
         raise UserError(f"{setup.model} cannot be run on {side} pixels: {one_line(error, 300)}") from error
 
 
-def _measure(setup: Setup, kinds: Sequence[str], rounds: int, extra: dict[str, bool], memory: bool) -> dict[str, Any]:
+def _measure(setup: Setup, kinds: Sequence[str], rounds: int, also: Also) -> dict[str, Any]:
     """One case of `benchmark.json`: every variant of one model at one size."""
-    if extra["compiled"]:
+    if also.compiled:
         torch.compiler.reset()  # each size is compiled as if it were the only one
-    variants = variants_of(setup, **extra)
+    variants = variants_of(setup, also.compiled, also.kernel)
     networks = {variant.key: build(setup, variant) for variant in variants}
     found = {
         variant.key: {
@@ -115,12 +117,15 @@ def _measure(setup: Setup, kinds: Sequence[str], rounds: int, extra: dict[str, b
                 raise UserError(f"{setup.model}, {variant.label}: gives no finite numbers, so times would mean little")
         with _bar(rounds + WARM_UP, f"{setup.model}, {setup.img_size} px, {KINDS[kind]}") as tick:
             times = time_in_turn(steps, rounds, setup.device, tick)
+        spent = spent_in_turn(steps, setup.device) if also.profile else {}
         for network in networks.values():
             network.zero_grad(set_to_none=True)
         for variant in chosen:
             found[variant.key][kind] = _summary(times[variant.key], times[variant.baseline], variant.baseline)
+            if spent:
+                found[variant.key][kind]["spent"] = spent[variant.key]
     del networks
-    if memory:
+    if also.memory:
         for kind in kinds:
             measured = [VARIANTS[key] for key in found if kind in found[key] and not _compiles_beside(setup, key)]
             with _bar(len(measured), f"{setup.model}, {setup.img_size} px, memory of {KINDS[kind]}") as tick:
@@ -167,6 +172,9 @@ def benchmark(
     floor_too: Annotated[
         bool, typer.Option("--floor", help="Also the blocks alone, beside what memory bandwidth allows.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also what each spends more than plain, by kind of operation.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of weights and images.")] = 0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the numbers and the chart.")] = Path(
         "benchmark"
@@ -197,7 +205,7 @@ def benchmark(
     line = machine_line(result["machine"])
     how = f"{dtype}, channels_last, {rounds} rounds after {WARM_UP} to warm up, seed {seed}"
     print(f"{line}\n{how}; MACs of convolutions and matrix products only\n", flush=True)
-    also = Also(compiled=compile, kernel=cpu_kernel, memory=memory, floor=floor_too)
+    also = Also(compiled=compile, kernel=cpu_kernel, memory=memory, floor=floor_too, profile=profile)
     for model in models:
         setups = [Setup(model, batch_size, s, dtype, device, torch.get_num_threads(), seed) for s in sizes[model]]
         result["cases"] += _measure_sizes(setups, kinds, rounds, also)
@@ -235,9 +243,12 @@ def _measure_sizes(setups: Sequence[Setup], kinds: Sequence[str], rounds: int, a
     cases = []
     for setup in setups:
         with _explained(setup):
-            case = _measure(setup, kinds, rounds, {"compiled": also.compiled, "kernel": also.kernel}, also.memory)
+            case = _measure(setup, kinds, rounds, also)
             print(f"{setup.model} over {setup.twin}, {' x '.join(map(str, case['input']))}\n")
             print_table(table(case, kinds))
+            for kind in kinds if also.profile else ():
+                print(f"{KINDS[kind]}: where the time goes, by torch's profiler, to which small operations look dearer\n")
+                print_table(profile_table(case, kind))
             if also.floor:
                 with _bar(0, f"{setup.model}, {setup.img_size} px, blocks alone") as tick:
                     case["floor"] = floor(setup, kinds, rounds, also.kernel, tick)

@@ -1,0 +1,73 @@
+"""Where a step's time goes, by kind of operation: what a variant spends more than the plain network, and on what.
+
+torch's profiler tells the time of each operation without what it calls. It takes time itself, a little for each
+operation, so that many small ones look dearer than they are: times to compare are those of `time_in_turn`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from statistics import median
+from typing import Any, Callable, Mapping, Sequence
+
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["SPENT_ON", "profile_table", "spent_in_turn"]
+
+PROFILED = 5  # steps of each variant
+# Kinds of operations, by what their names contain; the first that fits.
+SPENT_ON = {
+    "the kernel's passes and small networks": ("timm_cbam2_cpu::", "triton"),
+    "convolutions": ("convolution",),
+    "BatchNorm": ("batch_norm",),
+    "matrix products": ("::mm", "::addmm", "::bmm", "::baddbmm", "::dot", "::mv"),
+    "reductions": ("::sum", "::mean", "::amax", "::max", "softmax", "::std", "::var"),
+    "element by element": (
+        *("::mul", "::add", "::sub", "::div", "::eq", "::threshold", "::clamp", "::sigmoid", "::hardsigmoid"),
+        *("::relu", "::exp", "::softplus", "::pow", "::neg", "::where"),
+    ),
+    "copies": ("::copy_", "::fill_", "::zero_", "::cat"),
+}
+OTHER = "Python, autograd, allocations, views"
+
+
+def _kind_of(name: str) -> str:
+    # Evaluating a node of the graph is autograd's own work, whatever the node is named after.
+    own = "" if name.startswith("autograd::") else name
+    return next((kind for kind, parts in SPENT_ON.items() if any(part in own for part in parts)), OTHER)
+
+
+def spent_in_turn(steps: Mapping[str, Callable[[], Any]], device: str) -> dict[str, dict[str, float]]:
+    """Seconds of a step by kind of operation, by name of the step: medians of a few steps, taken in turn.
+
+    Args:
+        steps: what to profile, by name; each has run before.
+        device: "cuda" tells the device's time, where only kernels of known names have a kind.
+    """
+    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in steps}
+    for _ in range(PROFILED):
+        for name, step in steps.items():
+            with profile(activities=[activity]) as run:
+                step()
+            spent = dict.fromkeys((*SPENT_ON, OTHER), 0.0)
+            for event in run.key_averages():
+                own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+                spent[_kind_of(event.key)] += own / 1e6
+            for kind, seconds in spent.items():
+                found[name][kind].append(seconds)
+    return {name: {kind: median(times) for kind, times in kinds.items()} for name, kinds in found.items()}
+
+
+def profile_table(case: Mapping[str, Any], kind: str) -> list[list[str]]:
+    """Milliseconds by kind of operation: of the plain network, and what each other variant spends more."""
+    variants = [variant for variant in case["variants"] if "spent" in variant.get(kind, {}) and not variant["compiled"]]
+    plain, *others = variants
+    lines = [["ms", plain["label"], *(f"{variant['label']}: more" for variant in others)]]
+    for name, seconds in plain[kind]["spent"].items():
+        more: Sequence[float] = [variant[kind]["spent"][name] - seconds for variant in others]
+        lines.append([name, f"{1e3 * seconds:.1f}", *(f"{1e3 * value:+.1f}" for value in more)])
+    totals = [sum(variant[kind]["spent"].values()) for variant in variants]
+    more = [total - totals[0] for total in totals[1:]]
+    lines.append(["in all", f"{1e3 * totals[0]:.1f}", *(f"{1e3 * value:+.1f}" for value in more)])
+    return lines
