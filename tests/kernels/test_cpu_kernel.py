@@ -12,6 +12,7 @@ from randomise import randomise
 from reference import reference
 
 from timm_cbam2 import Cbam2, disable_cpu_kernel, enable_cpu_kernel, resolve_options
+from timm_cbam2.kernels.cpu_block import KernelBlock
 from timm_cbam2.kernels.cpu_passes import KernelPasses
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -27,12 +28,18 @@ def built():
 
 @pytest.fixture
 def kernel(built, monkeypatch):
-    """The kernel serves the test, and every one of its passes is counted."""
+    """The kernel serves the test, and its calls each way are counted: whole blocks, and passes beside torch's
+    networks."""
     enable_cpu_kernel()
     calls = []
-    for name in ("start_backward", "finish"):
-        original = getattr(KernelPasses, name)
-        monkeypatch.setattr(KernelPasses, name, lambda *args, f=original, n=name: calls.append(n) or f(*args))
+    for kind, direction, name in (
+        (KernelBlock, "forward", "forward"),
+        (KernelBlock, "backward", "backward"),
+        (KernelPasses, "forward", "finish"),
+        (KernelPasses, "backward", "start_backward"),
+    ):
+        original = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *args, f=original, n=direction: calls.append(n) or f(*args))
     yield calls
     disable_cpu_kernel()
 
@@ -83,7 +90,7 @@ def test_every_shape_and_number_of_threads(shape, memory_format, kernel, threads
     for count in (1, 2, 3):
         threads(count)
         assert same_as_plain(block, x)
-    assert set(kernel) == {"start_backward", "finish"}
+    assert set(kernel) == {"forward", "backward"}
     assert block(x).stride() == torch.empty_like(x).stride()
 
 
@@ -116,7 +123,7 @@ def test_norms_of_decisions_and_learned_maps(shape, memory_format, kernel, threa
             expected = gradients(lambda x, twin=twin: twin(x, return_attention=True)[0], twin, x)
             torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
             torch.testing.assert_close(list(block.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-10)
-    assert kernel.count("start_backward") == 24
+    assert kernel.count("backward") == 24
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.parts_cbam2 import compute_dtype
 from ..models.passes_cbam2 import Affine, End, Small
-from .cpu_networks import KernelChannel, KernelSpatial, serves
+from .cpu_block import KernelBlock, serves
 
 __all__ = ["KernelPasses", "is_dense"]
 
@@ -29,25 +29,37 @@ class KernelPasses:
         self.owned = owned and is_dense(x)
         self.x = x if is_dense(x) else x.contiguous()  # whoever kept it for the backward may have laid it out anew
         self.affine, self.kernel = affine, kernel
+        self.dtype = compute_dtype(x)
         self.order = torch.contiguous_format if self.x.is_contiguous() else torch.channels_last
         self.again = functools.partial(KernelPasses, kernel=kernel)
 
-    def networks(self, block: nn.Module) -> tuple[KernelChannel, KernelSpatial] | None:
-        """Who computes the block's small networks: the kernel, unless torch must."""
-        if not serves(block, compute_dtype(self.x)):
-            return None
-        return KernelChannel(self.kernel, block.channel), KernelSpatial(self.kernel, block.spatial)
+    def whole(self, block: nn.Module, names: tuple[str, ...], count: int) -> KernelBlock | None:
+        """Who does all of the block at once, unless torch must do some of it."""
+        return KernelBlock(self.kernel, block, names, count) if serves(block, names, self.dtype) else None
 
-    def _laid_out(self, t: Tensor) -> Tensor:
+    def laid_out(self, t: Tensor) -> Tensor:
+        """As x lies in memory."""
         return t.resolve_neg().contiguous(memory_format=self.order)
 
+    def ends(self, end: End) -> tuple[Tensor, Tensor, Tensor | None]:
+        """x, where the output goes, and the shortcut."""
+        out = self.x if self.owned else torch.empty_like(self.x)
+        return self.x, out, None if end.shortcut is None else self.laid_out(end.shortcut)
+
     @property
-    def _norm(self) -> tuple[Tensor | None, Tensor | None]:
+    def norm(self) -> tuple[Tensor | None, Tensor | None]:
+        """What a BatchNorm multiplies by and adds, if x has yet to pass one."""
         return (None, None) if self.affine is None else (self.affine.scale, self.affine.shift)
+
+    @property
+    def trained_norm(self) -> list[Tensor | None]:
+        """Of such a one in training also its mean, bias and 1 / standard deviation."""
+        a = self.affine
+        return [None] * 5 if a is None else [a.scale, a.shift, a.mean, a.bias, a.invstd]
 
     def squeeze(self) -> Tensor:
         """The average and the maximum over positions, (B, 2, C)."""
-        return self.kernel.squeeze(self.x, *self._norm)
+        return self.kernel.squeeze(self.x, *self.norm)
 
     def maps(self, ca: Tensor, learned: Tensor | None = None) -> Tensor:
         """The average and the maximum over channels of x·ca, and its sums weighted by `learned` (P, C), for ca (B, C):
@@ -59,13 +71,12 @@ class KernelPasses:
                 offsets = weights.new_zeros(weights.shape[:2])
             else:
                 offsets, weights = weights @ self.affine.shift, weights * self.affine.scale
-        return self.kernel.maps(self.x, *self._norm, ca, weights, offsets)
+        return self.kernel.maps(self.x, *self.norm, ca, weights, offsets)
 
     def finish(self, ca: Tensor, sa: Tensor, end: End) -> Tensor:
         """The output, for the ca of `maps` and sa (B, H, W)."""
-        out = self.x if self.owned else torch.empty_like(self.x)
-        shortcut = None if end.shortcut is None else self._laid_out(end.shortcut)
-        self.kernel.finish(self.x, *self._norm, shortcut, end.gamma, ca, sa, end.relu, out)
+        x, out, shortcut = self.ends(end)
+        self.kernel.finish(x, *self.norm, shortcut, end.gamma, ca, sa, end.relu, out)
         return out
 
     def convolve(self, maps: Tensor, kernels: Tensor) -> Tensor:
@@ -73,11 +84,10 @@ class KernelPasses:
         return _Convolution.apply(self.kernel, maps, kernels)
 
     def start_backward(self, g: Tensor, small: Small, gamma: Tensor | None, out: Tensor | None) -> Tensor:
-        norm = self.affine
-        self.norms = [None] * 3 if norm is None else [norm.scale, norm.shift, norm.mean]
+        self.norms = self.trained_norm[:3]
         self.small, self.gamma = small, gamma
         self.g, g_sa, self.ties_c, self.sums = self.kernel.products(
-            self._laid_out(g), out, self.x, self.norms, gamma, list(small)
+            self.laid_out(g), out, self.x, self.norms, gamma, list(small)
         )
         return g_sa.view_as(small.sa)
 

@@ -72,9 +72,12 @@ class _Call(NamedTuple):
         return dict(zip(self.names[mine], parameters[mine]))
 
 
-def _forward(call: _Call, passes: Any, end: End, networks: Sequence[Any], parameters: Sequence) -> Tuple[Any, Small]:
-    """The output and the small tensors."""
-    channel, spatial = networks
+def _forward(call: _Call, passes: Any, end: End, parameters: Sequence, with_grad: bool = True) -> Tuple[Any, ...]:
+    """The output, the small tensors, and what the backward goes by: who did all of it at once, or the networks."""
+    whole = passes.whole(call.block, call.names, call.channel_parameters)
+    if whole is not None:
+        return (*whole.forward(passes, parameters, end, call.drop), whole, None)
+    channel, spatial = networks = networks_for(call.block, passes, call.names, with_grad)
     squeezes = passes.squeeze()
     ca = channel.forward(call.own(parameters, False), squeezes)
     learned = call.block.spatial.learned
@@ -82,7 +85,7 @@ def _forward(call: _Call, passes: Any, end: End, networks: Sequence[Any], parame
     maps = passes.maps(ca, *weight)
     sa = spatial.forward(call.own(parameters, True), maps)
     sa = sa if call.drop is None else sa * call.drop.to(sa.dtype)[:, None, None]
-    return passes.finish(ca, sa, end), Small(squeezes, ca, maps, sa)
+    return passes.finish(ca, sa, end), Small(squeezes, ca, maps, sa), None, networks
 
 
 def _train_norm(norm: nn.Module, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -111,8 +114,7 @@ class _Cbam2Function(torch.autograd.Function):
             normalised, mean, invstd = _train_norm(call.norm, x)
             passes = passes_for(normalised, owned=True, learned=learned)
         end = End(shortcut, gamma, call.relu, call.drop is not None)
-        ctx.networks = networks_for(call.block, passes, call.names)
-        out, ctx.small = _forward(call, passes, end, ctx.networks, rest)
+        out, ctx.small, ctx.whole, ctx.networks = _forward(call, passes, end, rest)
         ctx.call, ctx.again = call, passes.again
         kept = out if call.relu else None
         ctx.save_for_backward(x, shortcut, gamma, weight, bias, mean, invstd, kept, *rest)
@@ -130,6 +132,8 @@ class _Cbam2Function(torch.autograd.Function):
             return (None, *_recompute(ctx, g, [x, shortcut, gamma, weight, bias, *parameters]))
         affine = None if mean is None else train_affine(weight, bias, mean, invstd)
         passes = ctx.again(x, affine)  # as in the forward pass, whatever was switched on or off since
+        if ctx.whole is not None:
+            return (None, *_whole_backward(ctx, g, passes, gamma, out, parameters))
         g_sa = passes.start_backward(g, ctx.small, gamma, out)
         if ctx.call.drop is not None:
             g_sa.mul_(ctx.call.drop.to(g_sa.dtype)[:, None, None])
@@ -142,6 +146,17 @@ class _Cbam2Function(torch.autograd.Function):
             g_x, g_weight, g_bias = passes.input_gradient(g_squeezes[:, 0], g_squeezes[:, 1])
         g_shortcut = passes.g if ctx.needs_input_grad[2] else None
         return (None, g_x, g_shortcut, g_gamma, g_weight, g_bias, *channel_grads, *spatial_grads)
+
+
+def _whole_backward(
+    ctx: Any, g: torch.Tensor, passes: Any, gamma: Any, out: Any, parameters: Sequence
+) -> List[Optional[torch.Tensor]]:
+    """The gradients of all inputs but the first, by who did the forward pass at once."""
+    needs, call = ctx.needs_input_grad[1:], ctx.call
+    kept = out, gamma, call.drop
+    ends, grads = ctx.whole.backward(passes, g, ctx.small, kept, call.found, parameters, needs[0])
+    g_shortcut, g_x, *of_norms = ends
+    return [grad if need else None for need, grad in zip(needs, (g_x, g_shortcut, *of_norms, *grads))]
 
 
 def _channel_gradient(ctx: Any, parameters: Sequence, g_maps: torch.Tensor, passes: Any, grads: Sequence) -> Any:
@@ -265,4 +280,4 @@ def fused_without_grad(
         passes = passes_for(x, affine, owned, learned=block.spatial.learned is not None)
         names, parameters, count = ((), (), 0) if passes.kernel is None else _named(block)
         call = _Call(block, names=names, channel_parameters=count)
-        return _forward(call, passes, end, networks_for(block, passes, names, with_grad=False), parameters)[0]
+        return _forward(call, passes, end, parameters, with_grad=False)[0]

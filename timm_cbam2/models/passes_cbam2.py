@@ -68,8 +68,8 @@ class TorchPasses:
         self.wide = Wide(x[self.chunks[0]])
 
     @staticmethod
-    def networks(block: Any) -> Any:
-        """Who computes the block's small networks, channel and spatial, if the passes know better than torch."""
+    def whole(block: Any, names: Any, count: int) -> Any:
+        """Who does all of a block at once, if the passes can."""
         return None
 
     again = TorchBackward  # for the backward of the same pass

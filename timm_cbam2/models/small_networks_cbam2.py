@@ -19,9 +19,6 @@ __all__ = ["networks_for"]
 def networks_for(block: nn.Module, passes: Any, names: Sequence[str], with_grad: bool = True) -> Tuple[Any, Any]:
     """Those of the channel and the spatial part, beside these passes, for parameters of these names."""
     made = any("parametrizations" in name for name in names)  # weights are made of others
-    compiled = None if made else passes.networks(block)
-    if compiled is not None:
-        return compiled
     if made or not with_grad:
         kind = _ByAutograd if with_grad else _WithoutGradient
         return kind(block.channel), kind(block.spatial, passes.convolve)

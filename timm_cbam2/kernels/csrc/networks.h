@@ -126,119 +126,142 @@ Tensor mask_backward(const Tensor& g, const Tensor& logits, const Tensor& mask, 
   return g_z;
 }
 
-// How a BatchNorm of a router's logits measures: by the batch, or by these statistics.
+// How a BatchNorm of decisions measures: by the batch, or by these statistics.
 struct Measure {
   Optional mean, variance;
   bool by_batch;
   double momentum, eps;
 };
 
-Measure measure_of(const Optionals& running, bool by_batch, double momentum, double eps) {
-  if (running.empty()) return {std::nullopt, std::nullopt, by_batch, momentum, eps};
-  return {running.get(0), running.get(1), by_batch, momentum, eps};
+// How a part of the block is computed, beside its weights.
+struct Part {
+  Masking masking;
+  Measure router, squeezes;  // of the norms, where there are any
+};
+
+enum OfPart { gate, center, learnable, router_by_batch, squeezes_by_batch, numbers_of_part };
+enum RealOfPart { temperature_eps, router_momentum, router_eps, squeezes_momentum, squeezes_eps, reals_of_part };
+
+// `running`: mean and variance of the router's norm, then of the squeezes'. `which`: 0 for the channel part, 1 for the
+// spatial one, whose numbers follow.
+Part part_of(const Optionals& running, at::IntArrayRef numbers, at::ArrayRef<double> reals, int64_t which) {
+  const auto n = numbers.slice(which * numbers_of_part, numbers_of_part);
+  const auto r = reals.slice(which * reals_of_part, reals_of_part);
+  return {{static_cast<Gate>(n[gate]), n[center] != 0, n[learnable] != 0, r[temperature_eps]},
+          {running.get(0), running.get(1), n[router_by_batch] != 0, r[router_momentum], r[router_eps]},
+          {running.get(2), running.get(3), n[squeezes_by_batch] != 0, r[squeezes_momentum], r[squeezes_eps]}};
 }
 
-// What a router gives: weights (B, K), hidden numbers and, with a norm, logits before it and what it measured.
+// What a BatchNorm made of numbers (B, n), and what its backward takes; `x` itself without one.
+struct Normed {
+  Tensor y, mean, invstd;
+};
+
+Normed norm_of(const Weights& w, size_t at, const Measure& by, const Tensor& x) {
+  if (!w.has(at)) return {x, Tensor(), Tensor()};
+  auto [y, mean, invstd] =
+      at::native_batch_norm(x, w[at], w[at + 1], by.mean, by.variance, by.by_batch, by.momentum, by.eps);
+  return {y, mean, invstd};
+}
+
+// The gradient of x from that of y.
+Tensor norm_backward(const Weights& w, size_t at, const Measure& by, const Tensor& x, const Tensor& mean,
+                     const Tensor& invstd, const Tensor& g, std::vector<Tensor>& grads) {
+  if (!w.has(at)) return g;
+  Tensor g_x;
+  std::tie(g_x, grads[at], grads[at + 1]) = at::native_batch_norm_backward(
+      g.contiguous(), x, w[at], by.mean, by.variance, mean, invstd, by.by_batch, by.eps, {true, true, true});
+  return g_x;
+}
+
+// What a router gives: weights (B, K), and for its backward hidden numbers, logits before the norm and what that measured.
 struct Routed {
   Tensor mix, hidden, logits, mean, invstd;
-  void append_to(std::vector<Tensor>& kept) const {
-    kept.push_back(hidden);
-    if (logits.defined()) kept.insert(kept.end(), {logits, mean, invstd});
-  }
-  static Routed of(const Tensor& mix, at::TensorList kept) {
-    if (kept.size() == 1) return {mix, kept[0]};
-    return {mix, kept[0], kept[1], kept[2], kept[3]};
-  }
 };
 
 // A router whose layers are the `at`th and the one after, and whose norm, if any, is the `norm`th, of x (B, n).
 Routed route(const Weights& w, size_t at, size_t norm, const Measure& by, const Tensor& x) {
   Routed r;
   r.hidden = dense(w, at, x).relu_();
-  Tensor z = dense(w, at + 2, r.hidden);
-  if (w.has(norm)) {
-    r.logits = z;
-    std::tie(z, r.mean, r.invstd) = at::native_batch_norm(z, w[norm], w[norm + 1], by.mean, by.variance, by.by_batch,
-                                                          by.momentum, by.eps);
-  }
-  r.mix = at::_softmax(z, 1, false);
+  r.logits = dense(w, at + 2, r.hidden);
+  const Normed normed = norm_of(w, norm, by, r.logits);
+  r.mean = normed.mean, r.invstd = normed.invstd;
+  r.mix = at::_softmax(normed.y, 1, false);
   return r;
 }
 
 // The gradient of x from that of the weights.
 Tensor route_backward(const Weights& w, size_t at, size_t norm, const Measure& by, const Tensor& x, const Routed& r,
                       const Tensor& g, std::vector<Tensor>& grads) {
-  Tensor g_logits = at::_softmax_backward_data(g, r.mix, 1, g.scalar_type());
-  if (r.logits.defined())
-    std::tie(g_logits, grads[norm], grads[norm + 1]) = at::native_batch_norm_backward(
-        g_logits, r.logits, w[norm], by.mean, by.variance, r.mean, r.invstd, by.by_batch, by.eps, {true, true, true});
+  const Tensor g_normed = at::_softmax_backward_data(g, r.mix, 1, g.scalar_type());
+  const Tensor g_logits = norm_backward(w, norm, by, r.logits, r.mean, r.invstd, g_normed, grads);
   const Tensor g_hidden = at::threshold_backward(dense_backward(w, at + 2, r.hidden, g_logits, grads), r.hidden, 0);
   return dense_backward(w, at, x, g_hidden, grads);
 }
 
-// What is there of `grads`, each in the type of its weight.
-void append(std::vector<Tensor>& to, const std::vector<Tensor>& grads, const Optionals& weights) {
-  for (size_t i = 0; i < grads.size(); ++i)
-    if (grads[i].defined()) to.push_back(grads[i].to(weights.get(i)->scalar_type()));
+// What a pass through a part keeps for its backward, as a list of tensors, those that are not there without elements.
+template <typename Pass>
+void keep(Pass& pass, std::vector<Tensor>& to) {
+  for (Tensor* t : pass.all()) to.push_back(t->defined() ? *t : at::empty({0}, pass.mask.options()));
+}
+
+template <typename Pass>
+Pass kept(at::TensorList from) {
+  Pass pass;
+  const auto all = pass.all();
+  for (size_t i = 0; i < all.size(); ++i)
+    if (from[i].numel()) *all[i] = from[i];
+  return pass;
 }
 
 // Weights of the channel part, in this order.
-enum Channel { fc1 = 0, fc2 = 2, fusion = 4, fusion_norm = 8, logits_of_mix = 10, channel_temperature, channel_weights };
+enum Channel { fc1 = 0, fc2 = 2, fusion = 4, fusion_norm = 8, logits_of_mix = 10, channel_temperature, squeezes_norm,
+               channel_weights = squeezes_norm + 2 };
 
-// squeezes (B, 2, C) to the mask (B, C), and what the backward takes: hidden numbers (2B, R), mix (B, 2), mixed ones
-// (B, R), logits over temperature and what a router keeps. `running`: the statistics of its norm, or nothing.
-std::vector<Tensor> channel(const Tensor& squeezes, const Optionals& weights, const Optionals& running, bool by_batch,
-                            double momentum, double norm_eps, int64_t gate, bool center, bool learnable, double eps) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Masking m{static_cast<Gate>(gate), center, learnable, eps};
-  const Weights w(weights, squeezes.scalar_type());
-  const int64_t batch = squeezes.size(0), channels = squeezes.size(2);
-  const Tensor hidden = dense(w, fc1, squeezes.view({2 * batch, channels})).relu_();
-  const Measure by = measure_of(running, by_batch, momentum, norm_eps);
-  Tensor mix;
-  Routed routed;
-  const bool is_sum = !w.has(fusion) && !w.has(logits_of_mix);
-  if (w.has(fusion))
-    routed = route(w, fusion, fusion_norm, by, squeezes.view({batch, 2 * channels})), mix = routed.mix;
-  else if (is_sum) mix = at::ones({batch, 2}, squeezes.options());
-  else mix = at::_softmax(w[logits_of_mix], 0, false).expand({batch, 2}).contiguous();
-  const Tensor mixed = at::bmm(mix.unsqueeze(1), hidden.view({batch, 2, -1})).squeeze(1);
-  Tensor z = dense(w, fc2, mixed);
-  if (is_sum && w.has(fc2 + 1)) z.add_(w[fc2 + 1]);  // both squeezes carry it
-  const auto [logits, mask] = mask_of(z, w, channel_temperature, m);
-  std::vector<Tensor> found = {mask, hidden, mix, mixed, logits};
-  if (routed.mix.defined()) routed.append_to(found);
-  return found;
-}
+// The channel part of one pass: squeezes (B, 2, C) to the mask (B, C).
+struct ChannelPass {
+  Tensor squeezes;
+  Normed seen;                          // (B, 2C)
+  Tensor hidden, mixed, logits, mask;   // (2B, R), (B, R), (B, C)
+  Routed routed;                        // its mix (B, 2) also without a router
 
-// The gradient of squeezes, and those of the weights that there are.
-std::vector<Tensor> channel_backward(const Tensor& g, const Tensor& squeezes, const Optionals& weights,
-                                     at::TensorList kept, const Optionals& running, bool by_batch, double norm_eps,
-                                     int64_t gate, bool center, bool learnable, double eps) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Masking m{static_cast<Gate>(gate), center, learnable, eps};
-  const Weights w(weights, squeezes.scalar_type());
-  const int64_t batch = squeezes.size(0), channels = squeezes.size(2);
-  const Tensor &mask = kept[0], &hidden = kept[1], &mix = kept[2], &mixed = kept[3], &logits = kept[4];
-  std::vector<Tensor> grads(channel_weights);
-  const Tensor g_z = mask_backward(g, logits, mask, w, channel_temperature, m, grads);
-  const Tensor g_mixed = dense_backward(w, fc2, mixed, g_z, grads);
-  const bool is_sum = !w.has(fusion) && !w.has(logits_of_mix);
-  if (is_sum && w.has(fc2 + 1)) grads[fc2 + 1].mul_(2);
-  const Tensor g_both = at::bmm(mix.unsqueeze(2), g_mixed.unsqueeze(1)).view(hidden.sizes());
-  const Tensor g_hidden = at::threshold_backward(g_both, hidden, 0);
-  Tensor g_squeezes = dense_backward(w, fc1, squeezes.view({2 * batch, channels}), g_hidden, grads).view(squeezes.sizes());
-  if (!is_sum) {
-    const Tensor g_mix = at::bmm(hidden.view({batch, 2, -1}), g_mixed.unsqueeze(2)).squeeze(2);
-    if (w.has(fusion))
-      g_squeezes.add_(route_backward(w, fusion, fusion_norm, measure_of(running, by_batch, 0, norm_eps),
-                                     squeezes.view({batch, 2 * channels}), Routed::of(mix, kept.slice(5)), g_mix, grads)
-                          .view(squeezes.sizes()));
-    else grads[logits_of_mix] = at::_softmax_backward_data(g_mix.sum(0), mix[0], 0, g.scalar_type());
+  std::vector<Tensor*> all() {
+    return {&squeezes, &seen.y, &seen.mean, &seen.invstd, &hidden, &mixed, &logits, &mask,
+            &routed.mix, &routed.hidden, &routed.logits, &routed.mean, &routed.invstd};
   }
-  std::vector<Tensor> found = {g_squeezes};
-  append(found, grads, weights);
-  return found;
-}
+  Tensor rows() const { return seen.y.view({2 * squeezes.size(0), squeezes.size(2)}); }
+  static bool is_sum(const Weights& w) { return !w.has(fusion) && !w.has(logits_of_mix); }
+
+  void forward(const Tensor& given, const Weights& w, const Part& by) {
+    squeezes = given;
+    const int64_t batch = squeezes.size(0);
+    seen = norm_of(w, squeezes_norm, by.squeezes, squeezes.flatten(1));
+    hidden = dense(w, fc1, rows()).relu_();
+    if (w.has(fusion)) routed = route(w, fusion, fusion_norm, by.router, seen.y);
+    else if (is_sum(w)) routed.mix = at::ones({batch, 2}, squeezes.options());
+    else routed.mix = at::_softmax(w[logits_of_mix], 0, false).expand({batch, 2}).contiguous();
+    mixed = at::bmm(routed.mix.unsqueeze(1), hidden.view({batch, 2, -1})).squeeze(1);
+    Tensor z = dense(w, fc2, mixed);
+    if (is_sum(w) && w.has(fc2 + 1)) z.add_(w[fc2 + 1]);  // both squeezes carry it
+    std::tie(logits, mask) = mask_of(z, w, channel_temperature, by.masking);
+  }
+
+  // The gradient of squeezes, and those of the weights, from that of the mask.
+  Tensor backward(const Tensor& g, const Weights& w, const Part& by, std::vector<Tensor>& grads) const {
+    const int64_t batch = squeezes.size(0);
+    const Tensor g_z = mask_backward(g, logits, mask, w, channel_temperature, by.masking, grads);
+    const Tensor g_mixed = dense_backward(w, fc2, mixed, g_z, grads);
+    if (is_sum(w) && w.has(fc2 + 1)) grads[fc2 + 1].mul_(2);
+    const Tensor g_both = at::bmm(routed.mix.unsqueeze(2), g_mixed.unsqueeze(1)).view(hidden.sizes());
+    const Tensor g_hidden = at::threshold_backward(g_both, hidden, 0);
+    Tensor g_seen = dense_backward(w, fc1, rows(), g_hidden, grads).view(seen.y.sizes());
+    if (!is_sum(w)) {
+      const Tensor g_mix = at::bmm(hidden.view({batch, 2, -1}), g_mixed.unsqueeze(2)).squeeze(2);
+      if (w.has(fusion)) g_seen.add_(route_backward(w, fusion, fusion_norm, by.router, seen.y, routed, g_mix, grads));
+      else grads[logits_of_mix] = at::_softmax_backward_data(g_mix.sum(0), routed.mix[0], 0, g.scalar_type());
+    }
+    return norm_backward(w, squeezes_norm, by.squeezes, squeezes.flatten(1), seen.mean, seen.invstd, g_seen, grads);
+  }
+};
 
 }  // namespace

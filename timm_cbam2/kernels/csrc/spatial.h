@@ -120,61 +120,49 @@ void pooled_backward(const Tensor& g, at::TensorList windows, bool moments, cons
   g_maps.select(1, 0).add_(shares.select(1, 2).mul(x.view({-1}))).add_(shares.select(1, 3).mul(y));
 }
 
-// The mask, and what the backward takes: kernels (K, S, f, f), those mixed for each sample (B, 2, f, f), mix (B, K),
-// pooled maps, logits over temperature, of coordinates what they add, and what the router keeps.
-std::vector<Tensor> spatial(const Tensor& maps, const Optionals& weights, at::IntArrayRef shapes, int64_t taps,
-                            at::TensorList windows, bool moments, const Optionals& running, bool by_batch,
-                            double momentum, double norm_eps, int64_t gate, bool center, bool learnable, double eps) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Masking m{static_cast<Gate>(gate), center, learnable, eps};
-  const Weights w(weights, maps.scalar_type());
-  const Branches branches{shapes, taps};
-  const int64_t batch = maps.size(0);
-  const Tensor pooled = pooled_of(maps, windows, moments);
-  const Routed routed =
-      route(w, spatial_router, spatial_norm, measure_of(running, by_batch, momentum, norm_eps), pooled);
-  const Tensor& mix = routed.mix;
-  const Tensor kernels = dense_kernels(w, branches, pooled.size(1));
-  const Tensor own = at::mm(mix, kernels.narrow(1, 0, 2).flatten(1)).view({batch, 2, taps, taps});
-  Tensor z = convolve(maps, own).view({batch, -1}), place;
-  if (!windows.empty()) place = place_of(kernels, windows), z.addmm_(mix, place);
-  const auto [logits, mask] = mask_of(z, w, spatial_temperature, m);
-  std::vector<Tensor> found = {mask.view({batch, maps.size(2), maps.size(3)}), kernels, own, mix, pooled, logits};
-  if (place.defined()) found.push_back(place);
-  routed.append_to(found);
-  return found;
-}
+// The spatial part of one pass: maps (B, 2, H, W) to the mask (B, H, W).
+struct SpatialPass {
+  Tensor maps, pooled, kernels, own;  // (B, S), (K, S, f, f), those mixed for each sample (B, 2, f, f)
+  Tensor place, logits, mask;         // what coordinates add (K, H·W), (B, H·W) twice
+  Routed routed;
 
-// The gradient of maps, and those of the weights that there are.
-std::vector<Tensor> spatial_backward(const Tensor& g, const Tensor& maps, const Optionals& weights, at::TensorList kept,
-                                     at::IntArrayRef shapes, int64_t taps, at::TensorList windows, bool moments,
-                                     const Optionals& running, bool by_batch, double norm_eps, int64_t gate,
-                                     bool center, bool learnable, double eps) {
-  at::AutoDispatchBelowADInplaceOrView guard;
-  const Masking m{static_cast<Gate>(gate), center, learnable, eps};
-  const Weights w(weights, maps.scalar_type());
-  const Tensor &mask = kept[0], &kernels = kept[1], &own = kept[2], &mix = kept[3], &pooled = kept[4];
-  const int64_t batch = maps.size(0), count = kernels.size(0);
-  std::vector<Tensor> grads(weights.size());
-  const Tensor flat = mask_backward(g.flatten(1), kept[5], mask.flatten(1), w, spatial_temperature, m, grads);
-  const auto of_maps = convolve_backward(flat.view(mask.sizes()), maps, own);
-  const Tensor& g_maps = of_maps[0];
-  const Tensor g_own = of_maps[1].flatten(1);
-  Tensor g_mix = at::mm(g_own, kernels.narrow(1, 0, 2).flatten(1).t());
-  Tensor g_kernels = at::empty(kernels.sizes(), kernels.options());
-  g_kernels.narrow(1, 0, 2).copy_(at::mm(mix.t(), g_own).view({count, 2, taps, taps}));
-  if (!windows.empty()) {
-    g_mix.addmm_(flat, kept[6].t());
-    place_backward(at::mm(mix.t(), flat), windows, g_kernels);
+  std::vector<Tensor*> all() {
+    return {&maps, &pooled, &kernels, &own, &place, &logits, &mask,
+            &routed.mix, &routed.hidden, &routed.logits, &routed.mean, &routed.invstd};
   }
-  dense_kernels_backward(w, {shapes, taps}, g_kernels, grads);
-  const Routed routed = Routed::of(mix, kept.slice(windows.empty() ? 6 : 7));
-  const Tensor g_pooled = route_backward(w, spatial_router, spatial_norm, measure_of(running, by_batch, 0, norm_eps),
-                                         pooled, routed, g_mix, grads);
-  pooled_backward(g_pooled, windows, moments, g_maps);
-  std::vector<Tensor> found = {g_maps};
-  append(found, grads, weights);
-  return found;
-}
+
+  void forward(const Tensor& given, const Weights& w, const Part& by, const Branches& branches, at::TensorList windows,
+               bool moments) {
+    maps = given;
+    const int64_t batch = maps.size(0), taps = branches.taps;
+    pooled = pooled_of(maps, windows, moments);
+    routed = route(w, spatial_router, spatial_norm, by.router, pooled);
+    kernels = dense_kernels(w, branches, pooled.size(1));
+    own = at::mm(routed.mix, kernels.narrow(1, 0, 2).flatten(1)).view({batch, 2, taps, taps});
+    Tensor z = convolve(maps, own).view({batch, -1});
+    if (!windows.empty()) place = place_of(kernels, windows), z.addmm_(routed.mix, place);
+    std::tie(logits, mask) = mask_of(z, w, spatial_temperature, by.masking);
+  }
+
+  // The gradient of maps, and those of the weights, from that of the mask (B, H·W).
+  Tensor backward(const Tensor& g, const Weights& w, const Part& by, const Branches& branches, at::TensorList windows,
+                  bool moments, std::vector<Tensor>& grads) const {
+    const int64_t batch = maps.size(0), count = kernels.size(0);
+    const Tensor flat = mask_backward(g, logits, mask, w, spatial_temperature, by.masking, grads);
+    const auto of_maps = convolve_backward(flat.view({batch, maps.size(2), maps.size(3)}), maps, own);
+    const Tensor g_own = of_maps[1].flatten(1);
+    Tensor g_mix = at::mm(g_own, kernels.narrow(1, 0, 2).flatten(1).t());
+    Tensor g_kernels = at::empty(kernels.sizes(), kernels.options());
+    g_kernels.narrow(1, 0, 2).copy_(at::mm(routed.mix.t(), g_own).view({count, 2, branches.taps, branches.taps}));
+    if (!windows.empty()) {
+      g_mix.addmm_(flat, place.t());
+      place_backward(at::mm(routed.mix.t(), flat), windows, g_kernels);
+    }
+    dense_kernels_backward(w, branches, g_kernels, grads);
+    pooled_backward(route_backward(w, spatial_router, spatial_norm, by.router, pooled, routed, g_mix, grads), windows,
+                    moments, of_maps[0]);
+    return of_maps[0];
+  }
+};
 
 }  // namespace
