@@ -15,10 +15,12 @@ from timm_cbam2.evidence.benchmark import timing as benchmark_timing
 from timm_cbam2.evidence.benchmark.floor import floor, floor_table, layer_shapes
 from timm_cbam2.evidence.benchmark.networks import VARIANTS, Setup, build, macs, make_step, variants_of
 from timm_cbam2.evidence.benchmark.picture import COLOURS
+from timm_cbam2.evidence.benchmark.profile import OTHER, SPENT_ON, profile_table
 from timm_cbam2.evidence.benchmark.timing import WARM_UP, peak_memory, quartiles, time_in_turn
 
 QUICK = ("--img-size", "32", "--batch-size", "2", "--rounds", "2", "--threads", "1")
 EAGER = ["plain", "se", "eca", "cbam", "cbam2", "cbam2_reparameterized"]
+KERNEL = next(iter(SPENT_ON))
 COMPILED = ["plain_compiled", "se_compiled", "cbam2_compiled"]
 
 
@@ -37,7 +39,7 @@ def colours(path):
 def result(run, tmp_path_factory):
     """Of the command on one ResNet in two sizes: what it printed and where it wrote."""
     folder = tmp_path_factory.mktemp("benchmark") / "deep" / "folder"
-    words = ("test_resnet_cbam2", *QUICK[2:], "--img-size", "32,64", "--no-memory", "--floor", "-o", folder)
+    words = ("test_resnet_cbam2", *QUICK[2:], "--img-size", "32,64", "--no-memory", "--floor", "--profile", "-o", folder)
     done = run("benchmark", *words)
     assert done.code == 0 and done.err == "", done
     return done.out, folder
@@ -75,6 +77,23 @@ def test_the_tables_and_the_chart(result):
     assert "GB/s copying" in out and out.count("| all blocks ") == 4
     assert all(share > 0.005 for share in colours(folder / "benchmark.png").values())
     assert sorted(path.name for path in folder.iterdir()) == ["benchmark.json", "benchmark.png"]
+
+
+def test_where_the_time_goes(result):
+    out, folder = result
+    for case in json.loads((folder / "benchmark.json").read_text())["cases"]:
+        variants = {variant["key"]: variant for variant in case["variants"]}
+        for kind in ("inference", "training"):
+            plain, cbam2 = (variants[key][kind]["spent"] for key in ("plain", "cbam2"))
+            assert list(plain) == list(cbam2) == [*SPENT_ON, OTHER] and min(plain.values()) == 0 == plain[KERNEL]
+            assert plain["convolutions"] > 0 < plain["BatchNorm"] and cbam2[OTHER] > plain[OTHER]
+            for key in ("reductions", "matrix products", "copies"):  # a plain network has next to none
+                assert cbam2[key] > plain[key]
+            more = 1e3 * (sum(cbam2.values()) - sum(plain.values()))
+            *_, total = profile_table(case, kind)
+            at = profile_table(case, kind)[0].index(f"{variants['cbam2']['label']}: more")
+            assert float(total[at]) == pytest.approx(more, abs=0.06)
+    assert out.count("where the time goes") == 4 and out.count("| in all ") == 4
 
 
 def test_a_convnext_in_bf16_with_memory_and_compiled_rows(run, tmp_path):

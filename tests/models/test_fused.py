@@ -67,8 +67,10 @@ def test_ties_share_the_gradient(x):
     assert same(gradients(block, x), gradients(block, x, lambda x: plain(block, x)))
 
 
+@pytest.mark.parametrize("chunk_bytes", [1, 2**21])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_gradients(dtype):
+def test_half_precision_gradients(dtype, chunk_bytes, monkeypatch):
+    monkeypatch.setattr(pieces_cbam2, "CHUNK_BYTES", chunk_bytes)
     block, x = make_block(dtype=torch.float32), images(dtype)
     exact = gradients(make_block(), x.double())
     for one, other in zip(gradients(block, x), exact):

@@ -6,13 +6,15 @@ operation, so that many small ones look dearer than they are: times to compare a
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
+from contextlib import contextmanager
 from statistics import median
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["SPENT_ON", "profile_table", "spent_in_turn"]
+__all__ = ["OTHER", "SPENT_ON", "profile_table", "spent_in_turn"]
 
 PROFILED = 5  # steps of each variant
 # Kinds of operations, by what their names contain; the first that fits.
@@ -37,6 +39,19 @@ def _kind_of(name: str) -> str:
     return next((kind for kind, parts in SPENT_ON.items() if any(part in own for part in parts)), OTHER)
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Meanwhile nothing reaches standard error: torch's profiler tells there of each start and end, past Python."""
+    with open(os.devnull, "wb") as nowhere:
+        kept = os.dup(2)
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
 def spent_in_turn(steps: Mapping[str, Callable[[], Any]], device: str) -> dict[str, dict[str, float]]:
     """Seconds of a step by kind of operation, by name of the step: medians of a few steps, taken in turn.
 
@@ -44,15 +59,16 @@ def spent_in_turn(steps: Mapping[str, Callable[[], Any]], device: str) -> dict[s
         steps: what to profile, by name; each has run before.
         device: "cuda" tells the device's time, where only kernels of known names have a kind.
     """
-    activity = ProfilerActivity.CUDA if device == "cuda" else ProfilerActivity.CPU
+    on_device = device == "cuda"
+    activity = ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in steps}
     for _ in range(PROFILED):
         for name, step in steps.items():
-            with profile(activities=[activity]) as run:
+            with _unheard(), profile(activities=[activity]) as run:
                 step()
             spent = dict.fromkeys((*SPENT_ON, OTHER), 0.0)
             for event in run.key_averages():
-                own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+                own = event.self_device_time_total if on_device else event.self_cpu_time_total
                 spent[_kind_of(event.key)] += own / 1e6
             for kind, seconds in spent.items():
                 found[name][kind].append(seconds)
