@@ -56,8 +56,12 @@ def require(*modules: str, extra: str = "train") -> None:
         raise UserError(f'this needs {", ".join(missing)}: run  pip install "timm_cbam2[{extra}]"  and try again')
 
 
+WORDS = {"true": "True", "false": "False", "none": "None"}
+
+
 def parse_pairs(flag: str, given: Sequence[str] | Mapping[str, Any] | None, example: str) -> dict[str, Any]:
-    """["a=1", "b=x"] as {"a": 1, "b": "x"}: values are Python literals, or else text, as in timm's train.py.
+    """["a=1", "b=x"] as {"a": 1, "b": "x"}: values are Python literals, or else text, as in timm's train.py; true,
+    false and none in any case are those of Python.
 
     Raises:
         UserError: one has no "="; the message shows an `example` of what `flag` takes.
@@ -70,7 +74,7 @@ def parse_pairs(flag: str, given: Sequence[str] | Mapping[str, Any] | None, exam
         if not equals or not key.strip():
             raise UserError(f"{flag} {text}: write KEY=VALUE, such as {example}")
         try:
-            pairs[key.strip()] = ast.literal_eval(value)
+            pairs[key.strip()] = ast.literal_eval(WORDS.get(value.strip().lower(), value))
         except (ValueError, SyntaxError):
             pairs[key.strip()] = value
     return pairs

@@ -82,6 +82,17 @@ def test_insert_reads_files_of_every_origin(name, options, words, files, plain, 
         assert json.loads((tmp_path / "new" / "config.json").read_text())["label_names"] == ["x", "y", "z"]
 
 
+def test_insert_draws_what_is_inside_by_seed(files, run, tmp_path):
+    def weights(name, *options):
+        assert run("insert", files / "timm", "-o", tmp_path / name, *options).code == 0
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    one = weights("one", "--seed", "3", "--cbam2", "squeeze_norm=false", "--cbam2", "dilated=None")
+    assert one == weights("two", "--seed", "3", "--cbam2", "squeeze_norm=False", "--cbam2", "dilated=none")
+    assert one != weights("three", "--cbam2", "squeeze_norm=false", "--cbam2", "dilated=None")
+    assert json.loads((tmp_path / "one" / "config.json").read_text())["model_args"]["cbam2"]["squeeze_norm"] is False
+
+
 def test_insert_names_what_is_wrong_and_writes_nothing(files, refused, run, tmp_path):
     new = tmp_path / "new"
     cases = [

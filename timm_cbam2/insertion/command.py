@@ -10,6 +10,7 @@ import torch
 import typer
 from torch import nn
 
+from ..data.loading import seeded
 from ..errors import UserError, one_line, parse_pairs, run_commands
 from ..hub.folder import save
 from ..hub.zoo import class_names
@@ -29,6 +30,7 @@ def insert(
     model: Annotated[str | None, typer.Option(help="timm's name of the network, where SOURCE does not say.")] = None,
     cbam2: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="Options of every block.")] = [],  # noqa: B006
     replace: Annotated[bool, typer.Option("--replace", help="Put CBAM2 in the place of SE or ECA.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the new blocks' inner weights.")] = 0,
 ) -> nn.Module:
     """Put CBAM2, at the identity, into a trained ResNet or ConvNeXt: the new model answers what the old one did.
 
@@ -61,7 +63,7 @@ def insert(
     with torch.no_grad():
         before, parameters = network(noise), sum(p.numel() for p in network.parameters())
         try:
-            with warnings.catch_warnings(record=True) as said:
+            with warnings.catch_warnings(record=True) as said, seeded(seed):
                 warnings.simplefilter("always")
                 put_in(network, replace=replace, **options)
         except ValueError as error:
