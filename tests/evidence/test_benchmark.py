@@ -39,8 +39,8 @@ def colours(path):
 def result(run, tmp_path_factory):
     """Of the command on one ResNet in two sizes: what it printed and where it wrote."""
     folder = tmp_path_factory.mktemp("benchmark") / "deep" / "folder"
-    words = ("test_resnet_cbam2", *QUICK[2:], "--img-size", "32,64", "--no-memory", "--floor", "--profile", "-o", folder)
-    done = run("benchmark", *words)
+    words = ("test_resnet_cbam2", *QUICK[2:], "--img-size", "32,64", "--no-memory", "--floor", "--profile")
+    done = run("benchmark", *words, "-o", folder)
     assert done.code == 0 and done.err == "", done
     return done.out, folder
 

@@ -37,7 +37,7 @@ def serves(block: nn.Module, names: Sequence[str], dtype: torch.dtype) -> bool:
     """Whether the kernel knows this block, computed in `dtype`: without learned maps, with weights that are its own
     and norms that keep their statistics as they usually do."""
     norms = [norm for part in (block.channel, block.spatial) for norm in _norms(part).values() if norm is not None]
-    usual = all(n.running_mean.dtype == dtype and n.track_running_stats and n.momentum is not None for n in norms)
+    usual = all(norm.keeps_usual_statistics(dtype) for norm in norms)
     return usual and block.spatial.learned is None and not any("parametrizations" in name for name in names)
 
 

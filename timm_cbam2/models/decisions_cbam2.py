@@ -1,7 +1,7 @@
 """What may stand before a decision of CBAM2: norms over the batch, learned maps, a router for every position."""
 
 import contextlib
-from typing import Dict, Iterator, Mapping, Optional, Tuple
+from typing import Any, Dict, Iterator, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,7 @@ __all__ = [
     "DecisionNorm",
     "LearnedMaps",
     "Measure",
+    "Norm",
     "PositionRouter",
     "as_dtype",
     "measured_by",
@@ -63,6 +64,10 @@ class DecisionNorm(nn.BatchNorm1d):
             nn.init.zeros_(self.running_mean)
             nn.init.ones_(self.running_var)
             nn.init.zeros_(self.num_batches_tracked)
+
+    def keeps_usual_statistics(self, dtype: torch.dtype) -> bool:
+        """Whether it keeps moving averages of numbers of this type, as BatchNorm does unless told otherwise."""
+        return self.track_running_stats and self.momentum is not None and self.running_mean.dtype == dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
@@ -135,6 +140,46 @@ def measured_by(block: nn.Module, found: Mapping[str, Measure]) -> Iterator[Dict
     finally:
         for name, norm in norms.items():
             norm.training, norm.track_running_stats = before[name]
+
+
+class Norm:
+    """One pass through a `DecisionNorm`, or through None for none, with a backward by hand."""
+
+    def __init__(self, norm: Optional[nn.Module], name: str, x: torch.Tensor) -> None:
+        self.norm, self.name, self.x = norm, name, x
+        self.of_batch: Any = None  # its mean and 1 / standard deviation, where they measured
+        if norm is None:
+            self.y = x
+        elif norm.training and x.numel() > x.shape[1] and norm.keeps_usual_statistics(x.dtype):
+            kept = norm.running_mean, norm.running_var
+            self.y, *self.of_batch = torch.native_batch_norm(
+                x, norm.weight, norm.bias, *kept, True, norm.momentum, norm.eps
+            )
+        else:
+            self.y = norm(x)
+
+    def backward(
+        self,
+        own: Mapping[str, torch.Tensor],
+        found: Mapping[str, Measure],
+        g: torch.Tensor,
+        grads: Dict[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """The gradient of x from that of y, where the norm measured as `found` says."""
+        if self.norm is None:
+            return g
+        x, eps = self.x, self.norm.eps
+        weight, bias = own[f"{self.name}.weight"].to(x.dtype), own[f"{self.name}.bias"].to(x.dtype)
+        measure = found[self.name]
+        by = (None, None) if measure is None else tuple(t.to(x.dtype) for t in measure)
+        of_batch = self.of_batch
+        if measure is not None or of_batch is None:
+            of_batch = torch.native_batch_norm(x, weight, bias, *by, measure is None, 0.0, eps)[1:]
+        g, *grads_own = torch.ops.aten.native_batch_norm_backward(
+            g.contiguous(), x, weight, *by, *of_batch, measure is None, eps, [True] * 3
+        )
+        grads[f"{self.name}.weight"], grads[f"{self.name}.bias"] = grads_own
+        return g
 
 
 class LearnedMaps(nn.Module):

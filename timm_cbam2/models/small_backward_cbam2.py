@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .decisions_cbam2 import Measure
+from .decisions_cbam2 import Measure, Norm
 from .dense_cbam2 import dense_kernels, dense_kernels_backward, place_backward, place_of
 from .parts_cbam2 import coordinates
 from .small_cbam2 import mixes_samples, of_maps
 
-__all__ = ["ChannelByHand", "Found", "Grads", "Norm", "Own", "SpatialByHand"]
+__all__ = ["ChannelByHand", "Found", "Grads", "Own", "SpatialByHand"]
 
 Grads = Dict[str, torch.Tensor]
 Own = Mapping[str, torch.Tensor]
@@ -42,29 +42,6 @@ def _dense_backward(
     if f"{name}.bias" in own:
         grads[f"{name}.bias"] = g.sum(0) if times == 1 else times * g.sum(0)
     return torch.mm(g, _matrix(own, name, g.dtype))
-
-
-class Norm:
-    """A `DecisionNorm`, or None for none."""
-
-    def __init__(self, norm: Optional[nn.Module], name: str, x: torch.Tensor) -> None:
-        self.norm, self.name, self.x = norm, name, x
-        self.y = x if norm is None else norm(x)
-
-    def backward(self, own: Own, found: Found, g: torch.Tensor, grads: Grads) -> torch.Tensor:
-        """The gradient of x from that of y, where the norm measured as `found` says."""
-        if self.norm is None:
-            return g
-        x, eps = self.x, self.norm.eps
-        weight, bias = own[f"{self.name}.weight"].to(x.dtype), own[f"{self.name}.bias"].to(x.dtype)
-        measure = found[self.name]
-        by = (None, None) if measure is None else tuple(t.to(x.dtype) for t in measure)
-        of_batch = torch.native_batch_norm(x, weight, bias, *by, measure is None, 0.0, eps)[1:]
-        g, *grads_own = torch.ops.aten.native_batch_norm_backward(
-            g.contiguous(), x, weight, *by, *of_batch, measure is None, eps, [True] * 3
-        )
-        grads[f"{self.name}.weight"], grads[f"{self.name}.bias"] = grads_own
-        return g
 
 
 class _Router:

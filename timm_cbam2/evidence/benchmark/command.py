@@ -247,7 +247,7 @@ def _measure_sizes(setups: Sequence[Setup], kinds: Sequence[str], rounds: int, a
             print(f"{setup.model} over {setup.twin}, {' x '.join(map(str, case['input']))}\n")
             print_table(table(case, kinds))
             for kind in kinds if also.profile else ():
-                print(f"{KINDS[kind]}: where the time goes, by torch's profiler, to which small operations look dearer\n")
+                print(f"{KINDS[kind]}: where the time goes by torch's profiler, itself dear to small operations\n")
                 print_table(profile_table(case, kind))
             if also.floor:
                 with _bar(0, f"{setup.model}, {setup.img_size} px, blocks alone") as tick:
