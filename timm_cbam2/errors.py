@@ -56,12 +56,12 @@ def require(*modules: str, extra: str = "train") -> None:
         raise UserError(f'this needs {", ".join(missing)}: run  pip install "timm_cbam2[{extra}]"  and try again')
 
 
-WORDS = {"true": "True", "false": "False", "none": "None"}
+WORDS = {"true": "True", "false": "False"}
 
 
 def parse_pairs(flag: str, given: Sequence[str] | Mapping[str, Any] | None, example: str) -> dict[str, Any]:
-    """["a=1", "b=x"] as {"a": 1, "b": "x"}: values are Python literals, or else text, as in timm's train.py; true,
-    false and none in any case are those of Python.
+    """["a=1", "b=x"] as {"a": 1, "b": "x"}: values are Python literals, or else text, as in timm's train.py; true
+    and false in any case are Python's.
 
     Raises:
         UserError: one has no "="; the message shows an `example` of what `flag` takes.

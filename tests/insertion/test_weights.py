@@ -88,9 +88,10 @@ def test_insert_draws_what_is_inside_by_seed(files, run, tmp_path):
         return (tmp_path / name / "model.safetensors").read_bytes()
 
     one = weights("one", "--seed", "3", "--cbam2", "squeeze_norm=false", "--cbam2", "dilated=None")
-    assert one == weights("two", "--seed", "3", "--cbam2", "squeeze_norm=False", "--cbam2", "dilated=none")
+    assert one == weights("two", "--seed", "3", "--cbam2", "squeeze_norm=False", "--cbam2", "dilated=None")
     assert one != weights("three", "--cbam2", "squeeze_norm=false", "--cbam2", "dilated=None")
     assert json.loads((tmp_path / "one" / "config.json").read_text())["model_args"]["cbam2"]["squeeze_norm"] is False
+    weights("four", "--cbam2", "router_pool=none")  # text that is no word of Python's
 
 
 def test_insert_names_what_is_wrong_and_writes_nothing(files, refused, run, tmp_path):

@@ -30,7 +30,7 @@ def insert(
     model: Annotated[str | None, typer.Option(help="timm's name of the network, where SOURCE does not say.")] = None,
     cbam2: Annotated[list[str], typer.Option(metavar="KEY=VALUE", help="Options of every block.")] = [],  # noqa: B006
     replace: Annotated[bool, typer.Option("--replace", help="Put CBAM2 in the place of SE or ECA.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the new blocks' inner weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the new blocks' inner weights.")] = 0,
 ) -> nn.Module:
     """Put CBAM2, at the identity, into a trained ResNet or ConvNeXt: the new model answers what the old one did.
 

@@ -34,8 +34,8 @@ def _norms(part: nn.Module) -> dict[str, nn.Module | None]:
 
 
 def serves(block: nn.Module, names: Sequence[str], dtype: torch.dtype) -> bool:
-    """Whether the kernel knows this block, computed in `dtype`: without learned maps, with weights that are its own
-    and norms that keep their statistics as they usually do."""
+    """Whether the kernel knows this block, computed in `dtype`: without learned maps, with weights that are made of
+    no others and norms that keep their statistics as they usually do."""
     norms = [norm for part in (block.channel, block.spatial) for norm in _norms(part).values() if norm is not None]
     usual = all(norm.keeps_usual_statistics(dtype) for norm in norms)
     return usual and block.spatial.learned is None and not any("parametrizations" in name for name in names)
@@ -72,7 +72,8 @@ def _how(part: nn.Module, name: str, batch: int, found: Found | None) -> tuple[l
         by_batch = norm is not None and (measure is None if found is not None else norm.training and batch > 1)
         running += measure or (None, None)
         numbers.append(by_batch)
-        reals += (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
+        momentum = norm.momentum if norm is not None and found is None else 0.0  # which a backward has no use for
+        reals += (momentum, 0.0 if norm is None else norm.eps)
     return running, numbers, reals
 
 

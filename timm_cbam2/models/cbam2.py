@@ -19,7 +19,8 @@ from timm.layers import register_notrace_module
 from .channel_cbam2 import ChannelAttn
 from .compiled_cbam2 import apply_masks, is_compiled, maps_of
 from .decisions_cbam2 import statistics_kept
-from .fused_cbam2 import can_fuse, fused, fused_without_grad, needs_gradient
+from .fused_cbam2 import fused, fused_without_grad, needs_gradient
+from .fusible_cbam2 import can_fuse
 from .options_cbam2 import complete_options
 from .parts_cbam2 import as_one_node, has_hooks, is_traced, no_autocast
 from .residual_cbam2 import branch_end

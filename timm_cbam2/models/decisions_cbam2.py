@@ -152,9 +152,8 @@ class Norm:
             self.y = x
         elif norm.training and x.numel() > x.shape[1] and norm.keeps_usual_statistics(x.dtype):
             kept = norm.running_mean, norm.running_var
-            self.y, *self.of_batch = torch.native_batch_norm(
-                x, norm.weight, norm.bias, *kept, True, norm.momentum, norm.eps
-            )
+            own = as_dtype(norm.weight, x.dtype), as_dtype(norm.bias, x.dtype)
+            self.y, *self.of_batch = torch.native_batch_norm(x, *own, *kept, True, norm.momentum, norm.eps)
         else:
             self.y = norm(x)
 

@@ -2,7 +2,8 @@
 
 Written literally the end of a residual branch (BatchNorm, attention, layer-scale, shortcut, activation) makes a dozen
 passes over full-size tensors and autograd keeps many of them. This keeps one and a few small tensors. The passes are
-differentiated by the formulas in `passes_cbam2`, the small networks between them as `small_networks_cbam2` says.
+differentiated by the formulas in `passes_cbam2`, the small networks between them as `small_networks_cbam2` says, or by
+whoever does the whole block at once.
 """
 
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -10,45 +11,13 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.module import _has_any_global_hook
-from torch.nn.utils.parametrize import is_parametrized
 
-from .decisions_cbam2 import DecisionNorm, Measure, measured_by, measures
-from .parts_cbam2 import has_hooks, no_autocast
+from .decisions_cbam2 import Measure, measured_by, measures
+from .parts_cbam2 import no_autocast
 from .passes_cbam2 import Affine, End, Small, passes_for
 from .small_networks_cbam2 import networks_for
 
-__all__ = ["can_fuse", "fused", "fused_without_grad", "needs_gradient", "train_affine"]
-
-
-def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `fused` serves this call; whatever it cannot serve takes the plain path, which autograd knows in full."""
-    return (
-        type(x) is torch.Tensor
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and x.numel() > 0
-        and not block.is_plain
-        and (block.spatial.learned is None or not is_parametrized(block.spatial.learned.conv))
-        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
-        and not _has_any_global_hook()
-        and forward_ad._current_level < 0
-        and all(_is_bare(module, module is block) for module in block.modules())
-    )
-
-
-def _is_bare(module: nn.Module, is_block: bool) -> bool:
-    """Whether nothing watches `module` or its weights, which are its own."""
-    if not is_block and has_hooks(module):
-        return False  # the parts are never called as such
-    if any(p._backward_hooks for p in module._parameters.values() if p is not None):
-        return False  # the inner graphs would call them once more
-    if isinstance(module, _BatchNorm) and (type(module) is not DecisionNorm or module.running_mean is None):
-        return False  # SyncBatchNorm looks at other processes' batches too
-    # In replicas of DataParallel and under FSDP1 weights are plain attributes, whose gradient would be lost.
-    return not isinstance(module, (nn.Conv2d, _BatchNorm)) or "weight" in module._parameters or is_parametrized(module)
+__all__ = ["fused", "fused_without_grad", "needs_gradient", "train_affine"]
 
 
 NO_END = End()

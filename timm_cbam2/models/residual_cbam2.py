@@ -16,7 +16,8 @@ from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 
 from .compiled_cbam2 import is_compiled, normalised
-from .fused_cbam2 import can_fuse, fused, fused_without_grad, needs_gradient, train_affine
+from .fused_cbam2 import fused, fused_without_grad, needs_gradient, train_affine
+from .fusible_cbam2 import can_fuse
 from .parts_cbam2 import compute_dtype, has_hooks, is_traced
 from .passes_cbam2 import Affine, End, registered
 

@@ -14,29 +14,39 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from torch.profiler import ProfilerActivity, profile
 
-__all__ = ["OTHER", "SPENT_ON", "profile_table", "spent_in_turn"]
+__all__ = ["KERNEL", "OTHER", "SPENT_ON", "profile_table", "spent_in_turn"]
 
 PROFILED = 5  # steps of each variant
-# Kinds of operations, by what their names contain; the first that fits.
+# Kinds of operations, by torch's names without the underscores at their ends.
 SPENT_ON = {
-    "the kernel's passes and small networks": ("timm_cbam2_cpu::", "triton"),
-    "convolutions": ("convolution",),
-    "BatchNorm": ("batch_norm",),
-    "matrix products": ("::mm", "::addmm", "::bmm", "::baddbmm", "::dot", "::mv"),
-    "reductions": ("::sum", "::mean", "::amax", "::max", "softmax", "::std", "::var"),
-    "element by element": (
-        *("::mul", "::add", "::sub", "::div", "::eq", "::threshold", "::clamp", "::sigmoid", "::hardsigmoid"),
-        *("::relu", "::exp", "::softplus", "::pow", "::neg", "::where"),
+    "the kernel's passes": (),  # whatever is not torch's own; what they call in turn is counted where it belongs
+    "convolutions": ("mkldnn_convolution", "cudnn_convolution", "convolution", "convolution_backward", "_convolution"),
+    "norms": (
+        *("native_batch_norm", "native_batch_norm_backward", "native_layer_norm", "native_layer_norm_backward"),
+        *("cudnn_batch_norm", "cudnn_batch_norm_backward", "batch_norm", "_batch_norm_impl_index"),
     ),
-    "copies": ("::copy_", "::fill_", "::zero_", "::cat"),
+    "matrix products": ("mm", "addmm", "bmm", "baddbmm", "dot", "mv"),
+    "reductions": (
+        *("sum", "mean", "amax", "std", "var", "softmax", "_softmax", "_softmax_backward_data"),
+        *("max_pool2d_with_indices", "max_pool2d_with_indices_backward", "log_softmax", "_log_softmax"),
+    ),
+    "element by element": (
+        *("mul", "add", "sub", "div", "eq", "neg", "exp", "pow", "where", "addcmul", "threshold", "threshold_backward"),
+        *("clamp_min", "clamp", "relu", "gelu", "gelu_backward", "silu", "sigmoid", "sigmoid_backward", "hardsigmoid"),
+        *("hardsigmoid_backward", "softplus", "softplus_backward", "rsqrt"),
+    ),
+    "copies": ("copy", "fill", "zero", "cat", "clone", "index_select"),
 }
-OTHER = "Python, autograd, allocations, views"
+KERNEL, *_ = SPENT_ON
+OTHER = "Python, autograd, allocations, views, all else"
 
 
 def _kind_of(name: str) -> str:
-    # Evaluating a node of the graph is autograd's own work, whatever the node is named after.
-    own = "" if name.startswith("autograd::") else name
-    return next((kind for kind, parts in SPENT_ON.items() if any(part in own for part in parts)), OTHER)
+    space, _, own = name.partition("::")
+    if space == "timm_cbam2_cpu":
+        return KERNEL
+    own = own.rstrip("_") if space == "aten" else ""
+    return next((kind for kind, names in SPENT_ON.items() if own in names), OTHER)
 
 
 @contextmanager
@@ -57,14 +67,14 @@ def spent_in_turn(steps: Mapping[str, Callable[[], Any]], device: str) -> dict[s
 
     Args:
         steps: what to profile, by name; each has run before.
-        device: "cuda" tells the device's time, where only kernels of known names have a kind.
+        device: "cuda" tells the device's time of each operation.
     """
     on_device = device == "cuda"
-    activity = ProfilerActivity.CUDA if on_device else ProfilerActivity.CPU
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_device else [])]
     found: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in steps}
     for _ in range(PROFILED):
         for name, step in steps.items():
-            with _unheard(), profile(activities=[activity]) as run:
+            with _unheard(), profile(activities=activities) as run:
                 step()
             spent = dict.fromkeys((*SPENT_ON, OTHER), 0.0)
             for event in run.key_averages():

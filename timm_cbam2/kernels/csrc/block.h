@@ -15,15 +15,13 @@ struct Block {
   Weights channel, spatial;
   Part of_channel, of_spatial;
   Branches branches;
-  at::TensorList windows;
   bool moments;
 
   Block(const Tensor& squeezes, const Optionals& weights_c, const Optionals& weights_s, const Optionals& running_c,
-        const Optionals& running_s, at::IntArrayRef numbers, at::ArrayRef<double> reals, at::IntArrayRef shapes,
-        at::TensorList windows)
+        const Optionals& running_s, at::IntArrayRef numbers, at::ArrayRef<double> reals, at::IntArrayRef shapes)
       : channel(weights_c, squeezes.scalar_type()), spatial(weights_s, squeezes.scalar_type()),
         of_channel(part_of(running_c, numbers, reals, 0)), of_spatial(part_of(running_s, numbers, reals, 1)),
-        branches{shapes, numbers[2 * numbers_of_part]}, windows(windows), moments(numbers[2 * numbers_of_part + 1] != 0) {}
+        branches{shapes, numbers[2 * numbers_of_part]}, moments(numbers[2 * numbers_of_part + 1] != 0) {}
 };
 
 // Into out. Gives squeezes, ca, maps, sa, and what the backward takes of both parts.
@@ -34,7 +32,7 @@ std::vector<Tensor> block(const Tensor& z, const Optional& scale, const Optional
                           at::IntArrayRef shapes, at::TensorList windows) {
   at::AutoDispatchBelowADInplaceOrView guard;
   const Tensor squeezes = squeeze(z, scale, shift);
-  const Block by(squeezes, weights_c, weights_s, running_c, running_s, numbers, reals, shapes, windows);
+  const Block by(squeezes, weights_c, weights_s, running_c, running_s, numbers, reals, shapes);
   ChannelPass channel;
   channel.forward(squeezes, by.channel, by.of_channel);
   SpatialPass spatial;
@@ -57,7 +55,7 @@ std::vector<Tensor> block_backward(const Tensor& g, const Optional& out, const T
                                    const Optionals& running_s, at::IntArrayRef numbers, at::ArrayRef<double> reals,
                                    at::IntArrayRef shapes, at::TensorList windows) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Block by(small[0], weights_c, weights_s, running_c, running_s, numbers, reals, shapes, windows);
+  const Block by(small[0], weights_c, weights_s, running_c, running_s, numbers, reals, shapes);
   const auto channel = kept<ChannelPass>(small.slice(4));
   const auto spatial = kept<SpatialPass>(small.slice(4 + ChannelPass().all().size()));
   const at::TensorList four = small.slice(0, 4);

@@ -74,7 +74,7 @@ Shape shape_of(const Tensor& x) {
   return {x.size(0), outer, inner, parts, last};
 }
 
-constexpr int64_t lanes = 16;  // numbers side by side: two vectors of a sum in floats, so that none waits for itself
+constexpr int64_t lanes = 16;  // numbers side by side, a vector of floats or two: several sums, so that none waits for itself
 
 // body(i, lane) for i below n. A loop with a maximum, or with several sums, that compilers vectorise: each lane has its own.
 template <typename F>

@@ -1,5 +1,5 @@
 // The small networks between the readings, forward and backward: what models/small_cbam2.py and
-// models/small_backward_cbam2.py do without norms of squeezes and learned maps, in one call each.
+// models/small_backward_cbam2.py do, without learned maps.
 
 #pragma once
 
@@ -9,18 +9,15 @@
 #include <ATen/ops/_softmax_backward_data.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/bmm.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/div.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/hardsigmoid.h>
-#include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/native_batch_norm.h>
 #include <ATen/ops/native_batch_norm_backward.h>
 #include <ATen/ops/ones.h>
 #include <ATen/ops/sigmoid.h>
 #include <ATen/ops/threshold_backward.h>
-#include <ATen/ops/zeros.h>
 
 #include "layout.h"
 
@@ -215,8 +212,7 @@ Pass kept(at::TensorList from) {
 }
 
 // Weights of the channel part, in this order.
-enum Channel { fc1 = 0, fc2 = 2, fusion = 4, fusion_norm = 8, logits_of_mix = 10, channel_temperature, squeezes_norm,
-               channel_weights = squeezes_norm + 2 };
+enum Channel { fc1 = 0, fc2 = 2, fusion = 4, fusion_norm = 8, logits_of_mix = 10, channel_temperature, squeezes_norm };
 
 // The channel part of one pass: squeezes (B, 2, C) to the mask (B, C).
 struct ChannelPass {

@@ -2,6 +2,10 @@
 
 #pragma once
 
+#include <ATen/ops/cat.h>
+#include <ATen/ops/matmul.h>
+#include <ATen/ops/zeros.h>
+
 #include "convolution.h"
 #include "networks.h"
 

@@ -1,0 +1,61 @@
+"""Which calls of a CBAM2 block the fused paths serve: those that compute nothing that only somebody else knows of."""
+
+import functools
+from typing import List
+
+import torch
+import torch.nn as nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.utils.parametrize import is_parametrized
+
+from .decisions_cbam2 import DecisionNorm
+from .parts_cbam2 import has_hooks
+
+__all__ = ["can_fuse"]
+
+
+def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `fused_cbam2` serves this call; what it cannot serve takes the plain path, which autograd knows whole."""
+    return (
+        type(x) is torch.Tensor
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and x.numel() > 0
+        and not block.is_plain
+        and (block.spatial.learned is None or not is_parametrized(block.spatial.learned.conv))
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
+        and not _has_any_global_hook()
+        and forward_ad._current_level < 0
+        and _is_as_made(list(block.modules()))
+    )
+
+
+def _is_as_made(modules: List[nn.Module]) -> bool:
+    """Whether a block, the first of these, is of its own kinds of layers, none shared, and nothing watches them."""
+    parameters = [id(p) for module in modules for p in module._parameters.values() if p is not None]
+    children = [child for module in modules for child in module._modules.values() if child is not None]
+    return (
+        len(set(parameters)) == len(parameters)
+        and len(children) == len(modules) - 1
+        and all(_is_bare(module, module is modules[0]) for module in modules)
+    )
+
+
+@functools.lru_cache(256)
+def _is_ours(kind: type) -> bool:
+    """A layer of somebody else's, such as an adapter, computes what only it knows."""
+    return kind.__module__.startswith(("torch.nn.", __name__.rpartition(".")[0] + "."))
+
+
+def _is_bare(module: nn.Module, is_block: bool) -> bool:
+    """Whether nothing watches `module` or its weights, which are its own."""
+    if not is_block and (has_hooks(module) or not _is_ours(type(module))):
+        return False  # the parts are never called as such
+    if any(p._backward_hooks for p in module._parameters.values() if p is not None):
+        return False  # the inner graphs would call them once more
+    if isinstance(module, _BatchNorm) and (type(module) is not DecisionNorm or module.running_mean is None):
+        return False  # SyncBatchNorm looks at other processes' batches too
+    # In replicas of DataParallel and under FSDP1 weights are plain attributes, whose gradient would be lost.
+    return not isinstance(module, (nn.Conv2d, _BatchNorm)) or "weight" in module._parameters or is_parametrized(module)
