@@ -78,7 +78,12 @@ class Options:
         float | None, _option(OPTIM, "Learning rate of each layer as a share of the next one's.", min=0.0)
     ] = None
     attention_lr_scale: Annotated[
-        float, _option(OPTIM, "Learning rate of attention, times this; try 0.1 by AdamW from random weights.", min=1e-6)
+        float,
+        _option(
+            OPTIM,
+            "Learning rate of attention, times this; from random weights 0.1 by AdamW or 3 by SGD may help.",
+            min=1e-6,
+        ),
     ] = 1.0
     accumulate: Annotated[int, _option(OPTIM, "Batches whose gradients make one step.", min=1)] = 1
     clip_grad: Annotated[float | None, _option(OPTIM, "Largest norm of the gradient.", min=0.0)] = None
