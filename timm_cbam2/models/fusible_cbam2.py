@@ -44,14 +44,15 @@ def _is_as_made(modules: List[nn.Module]) -> bool:
 
 
 @functools.lru_cache(256)
-def _is_ours(kind: type) -> bool:
-    """A layer of somebody else's, such as an adapter, computes what only it knows."""
-    return kind.__module__.startswith(("torch.nn.", __name__.rpartition(".")[0] + "."))
+def _is_ours(home: str) -> bool:
+    """By the module that its class is from: a layer of somebody else's, such as an adapter, computes what only it
+    knows."""
+    return home.startswith(("torch.nn.", __name__.rpartition(".")[0] + "."))
 
 
 def _is_bare(module: nn.Module, is_block: bool) -> bool:
     """Whether nothing watches `module` or its weights, which are its own."""
-    if not is_block and (has_hooks(module) or not _is_ours(type(module))):
+    if not is_block and (has_hooks(module) or not _is_ours(type(module).__module__)):
         return False  # the parts are never called as such
     if any(p._backward_hooks for p in module._parameters.values() if p is not None):
         return False  # the inner graphs would call them once more
