@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from plain_path import gradients, same_as_plain
 from randomise import randomise
 from reference import reference
 
@@ -53,21 +54,6 @@ def threads():
 
 def images(shape, dtype=torch.float64):
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def gradients(forward, block, x):
-    x = x.detach().requires_grad_()
-    out = forward(x)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out, *torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])]
-
-
-def same_as_plain(block, x, **tolerance):
-    got = gradients(block, block, x)
-    expected = gradients(lambda x: block(x, return_attention=True)[0], block, x)
-    return all(
-        torch.allclose(a, b, **(tolerance or dict(rtol=1e-9, atol=1e-11))) for a, b in zip(got, expected, strict=True)
-    )
 
 
 SHAPES = [

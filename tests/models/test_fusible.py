@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from plain_path import gradients, same_as_plain
 from randomise import randomise
 
 from timm_cbam2 import Cbam2
@@ -31,21 +32,6 @@ def images(dtype=torch.float64):
     return torch.randn(3, 6, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def passed(block, x, forward):
-    """The output and every gradient."""
-    x = x.detach().requires_grad_()
-    out = forward(x)
-    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
-    return [out, *torch.autograd.grad((out * weight).sum(), [x, *block.parameters()])]
-
-
-def same_as_plain(block, x, **tolerance):
-    twin = copy.deepcopy(block)
-    got, expected = passed(block, x, block), passed(twin, x, lambda x: twin(x, return_attention=True)[0])
-    torch.testing.assert_close(got, expected, **(tolerance or dict(rtol=1e-9, atol=1e-10)))
-    return got[0]
-
-
 class Doubled(Fc):
     """Somebody's own layer in the place of one of the block's."""
 
@@ -66,15 +52,15 @@ class Adapter(torch.nn.Module):
 
 def test_layers_of_somebody_elses(kernel):
     block, x = make(**NORMS), images()
-    before = same_as_plain(block, x)
-    assert can_fuse(block, x)
+    assert can_fuse(block, x) and same_as_plain(block, x)
+    before = block(x)
     block.channel.fc1.__class__ = Doubled
-    doubled = same_as_plain(block, x)
-    assert not torch.allclose(doubled, before) and not can_fuse(block, x)
+    doubled = block(x)
+    assert same_as_plain(block, x) and not torch.allclose(doubled, before) and not can_fuse(block, x)
     block.channel.fc1.__class__ = Fc
     block.channel.router.fc1 = Adapter(block.channel.router.fc1)
-    adapted = same_as_plain(block, x)
-    assert not torch.allclose(adapted, before) and not torch.allclose(adapted, doubled)
+    adapted = block(x)
+    assert same_as_plain(block, x) and not torch.allclose(adapted, before) and not torch.allclose(adapted, doubled)
 
 
 def test_shared_weights(kernel):
@@ -82,10 +68,10 @@ def test_shared_weights(kernel):
     shared.channel.fc1.bias = shared.channel.router.fc1.bias
     for block in (apart, shared):
         block.spatial.branches[1].pw.weight = block.spatial.branches[0].pw.weight
-        same_as_plain(block, x)
+        assert same_as_plain(block, x)
     layers = make(kernel_sizes=(3, 3), dilated=None)
     layers.spatial.branches[1] = layers.spatial.branches[0]
-    same_as_plain(layers, x)
+    assert same_as_plain(layers, x)
     assert not any(can_fuse(block, x) for block in (apart, shared, layers)) and can_fuse(make(), x)
 
 
@@ -95,18 +81,18 @@ def test_half_precision_weights_beside_statistics_of_full_precision(dtype, optio
     block = make(**options).float()
     for parameter in block.parameters():
         parameter.data = parameter.data.bfloat16()
-    got = passed(block, images(dtype), block)
+    got = gradients(block, block, images(dtype))
     assert got[0].dtype == dtype and all(grad.dtype == torch.bfloat16 for grad in got[2:])
     exact = make(**options)
     exact.load_state_dict(block.state_dict())
-    for one, other in zip(got, passed(exact, images(), exact), strict=True):
+    for one, other in zip(got, gradients(exact, exact, images()), strict=True):
         assert (one.double() - other).abs().max() <= 0.05 * max(1, other.abs().max().item())
 
 
 def test_a_norm_that_is_changed_after_the_forward(kernel):
     block, x = make(**NORMS), images()
     twin = copy.deepcopy(block)
-    expected = passed(twin, x, twin)
+    expected = gradients(twin, twin, x)
 
     def changed(x):
         out = block(x)
@@ -114,4 +100,4 @@ def test_a_norm_that_is_changed_after_the_forward(kernel):
             norm.momentum = None
         return out
 
-    torch.testing.assert_close(passed(block, x, changed), expected)
+    torch.testing.assert_close(gradients(changed, block, x), expected)
