@@ -164,6 +164,10 @@ def test_a_run_and_its_table(tmp_path, capsys):
     assert len(last["branches"]["mean"]) == 4 and last["branches"]["within"] > 0
     assert set(last["fusion"]["information"]) == {"bits", "null"} and "inside" in last["spatial"]
     assert run(variants="plain,maps-none", **small) == 0 and len(path.read_text().splitlines()) == 2
+    assert run(variants="plain", start_on="scale", **small) == 1  # another beginning is another training
+    moved = json.loads(path.read_text().splitlines()[-1])
+    assert (plain["start_on"], moved["start_on"]) == ("light", "scale")
+    assert moved["grad_cam"]["inside"] != plain["grad_cam"]["inside"]
     capsys.readouterr()
     table(results=path)
     shown = capsys.readouterr().out
@@ -173,6 +177,8 @@ def test_a_run_and_its_table(tmp_path, capsys):
         (dict(variants="plain,sse"), "no sse"),
         (dict(seeds="a"), "--seeds a"),
         (dict(stages="4"), "--stages 4"),
+        (dict(start_on="clutte"), "--start-on clutte: no such task"),
+        (dict(start_on="scale", start=0), "--start-on scale: for how many epochs"),
         (dict(recipe="adam"), "adamw, adamw-fast, sgd, sgd-fast"),
     ):
         with pytest.raises(UserError, match=text):

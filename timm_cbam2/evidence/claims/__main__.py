@@ -30,6 +30,15 @@ def _names(option: str, text: str, allowed: Any) -> list[str]:
     return names
 
 
+def _task(option: str, given: str) -> tuple[str, str | None]:
+    """Its name, and its file where it is not made here: the folder's name says what it is, not where it lies."""
+    if Path(given).is_file():
+        return Path(given).resolve().parent.name, given
+    if given not in TASKS:
+        raise UserError(f"--{option} {given}: no such task; give a parquet file of images, or one of {', '.join(TASKS)}")
+    return given, None
+
+
 def _numbers(option: str, text: str) -> list[int]:
     found: list[int] = []
     try:
@@ -50,6 +59,7 @@ def run(
     depth: Annotated[int, typer.Option(help="Residual blocks a stage: 1 is a ResNet-8, 3 a ResNet-20.", min=1)] = 1,
     stages: Annotated[str, typer.Option(help="Stages whose blocks carry attention.")] = "23",
     start: Annotated[int, typer.Option(help="Epochs of a plain network to start from; 0 for none.", min=0)] = 0,
+    start_on: Annotated[str | None, typer.Option(help="What those are on, where it is another task.")] = None,
     count: Annotated[int, typer.Option(help="Images to train on.", min=1)] = 6000,
     val_count: Annotated[int, typer.Option(help="Images to validate on.", min=1)] = 3000,
     epochs: Annotated[int, typer.Option(help="Passes over them.", min=1)] = 6,
@@ -62,18 +72,17 @@ def run(
     Raises:
         UserError: no such task, variant, recipe or stage.
     """
-    data = task if Path(task).is_file() else None
-    if data is not None:  # its folder's name says what it is, and nothing of where it lies
-        task = Path(task).resolve().parent.name
-    else:
-        _names("task", task, TASKS)
+    task, data = _task("task", task)
+    start_on, start_data = (task, data) if start_on is None else _task("start-on", start_on)
+    if start_on != task and not start:
+        raise UserError(f"--start-on {start_on}: for how many epochs? Give --start too, such as --start 8")
     _names("recipe", recipe, RECIPES)
     _names("family", family, FAMILIES)
     if not stages or set(stages) - set(FAMILIES[family]):
         raise UserError(f"--stages {stages}: give some of {FAMILIES[family]}, such as 23")
     setting = dict(
         family=family, task=task, side=side, count=count, depth=depth, stages=stages, start=start,
-        epochs=epochs, batch_size=batch_size,
+        start_on=start_on, epochs=epochs, batch_size=batch_size,
         recipe=recipe,
     )  # fmt: skip
     torch.set_num_threads(1)  # so that a number does not depend on who else computes
@@ -84,7 +93,7 @@ def run(
             job = {**setting, "variant": variant, "seed": seed}
             if key_of(job) in {key_of(row) for row in read(results)}:
                 continue
-            row = train_and_measure(job, val_count, data)
+            row = train_and_measure(job, val_count, data, start_data)
             append(results, row)
             trained += 1
             print(f"{variant}, seed {seed}: {100 * row['accuracy']:.2f} %, {row['seconds']:.0f} s", flush=True)

@@ -13,7 +13,7 @@ __all__ = ["KEYS", "RESULTS", "append", "key_of", "paired", "read"]
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 # What tells one training from another.
-KEYS = "family task side count depth stages start epochs batch_size recipe variant seed".split()
+KEYS = "family task side count depth stages start start_on epochs batch_size recipe variant seed".split()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -21,8 +21,9 @@ def read(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     text = path.read_text(encoding="utf-8")
-    # The first lines are from when there were ResNets only.
-    return [{"family": "resnet", **json.loads(line)} for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    # The first lines are from when there were ResNets only, and none had begun on another task.
+    return [{"family": "resnet", "start_on": line["task"], **line} for line in lines]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

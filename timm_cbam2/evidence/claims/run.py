@@ -47,20 +47,23 @@ def _trained_plain(
     return network.state_dict()
 
 
-def train_and_measure(job: dict[str, Any], val_count: int, data: str | None = None) -> dict[str, Any]:
+def train_and_measure(
+    job: dict[str, Any], val_count: int, data: str | None = None, start_data: str | None = None
+) -> dict[str, Any]:
     """Train the network that `job` (see results.KEYS) asks for, and measure it on `val_count` images.
 
-    `data` is the file of a task that is not made here.
+    `data` is the file of a task that is not made here, `start_data` that of one that is begun on.
 
     Returns:
         `job`, its accuracy on both splits (that of the training split on 2,000 images at most), seconds, number of
         parameters, what its variant is made of, and all that `measures.measure` finds.
     """
     source = data or job["task"]
+    before = start_data or job["start_on"]
     made = _samples(source, "train", job["count"], job["side"])
     val = _samples(source, "val", val_count, job["side"])
     variant = VARIANTS[job["variant"]]
-    weights = _trained_plain(source, *(job[key] for key in START)) if job["start"] else None
+    weights = _trained_plain(before, *(job[key] for key in START)) if job["start"] else None
     network = build(job["variant"], job["depth"], job["seed"], job["stages"], weights, family=job["family"])
     recipe = {**RECIPES[job["recipe"]], **variant.get("recipe", {})}
     if job["start"]:
