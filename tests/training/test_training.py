@@ -18,7 +18,8 @@ from timm_cbam2.data.sources import find_images
 from timm_cbam2.training.optimise import attention_parameters, freeze, make_optimizer
 from timm_cbam2.training.recipe import RECIPES, read_recipe
 
-OPTIONS = dict(opt="adamw", opt_kwargs={}, momentum=None, lr=1.0, weight_decay=0.1)
+OPTIONS = dict(opt="adamw", opt_kwargs={}, momentum=None, lr=1.0, weight_decay=0.1, layer_decay=None)
+OPTIONS |= dict(attention_lr_scale=1.0, attention_weight_decay=None)
 
 
 def rows(folder):
@@ -90,6 +91,9 @@ def test_parameter_groups():
     assert scales.keys() == set(names.values())
     assert scales["layer1.0.se.channel.fc1.weight"] == 3 * scales["layer1.0.conv1.weight"]
     assert scales["conv1.weight"] < scales["layer2.0.conv1.weight"] < scales["fc.weight"] == 1.0
+    optimizer = make_optimizer(network, {**OPTIONS, "attention_weight_decay": 0.0})
+    decayed = {names[id(p)] for group in optimizer.param_groups for p in group["params"] if group["weight_decay"]}
+    assert decayed == {name for name, p in network.named_parameters() if p.ndim > 1} - attention
     assert freeze(network, "head") == sum(p.numel() for p in network.fc.parameters())
 
 

@@ -87,20 +87,23 @@ def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]
         )
     else:
         groups = param_groups_weight_decay(network, settings["weight_decay"], no_weight_decay_list=exempt)
-    scale = settings["attention_lr_scale"]
-    if scale == 1.0:
+    scale, decay = settings["attention_lr_scale"], settings["attention_weight_decay"]
+    if scale == 1.0 and decay is None:
         return groups
     names = attention_parameters(network)
     attention = {id(p) for name, p in network.named_parameters() if name in names}
     if not attention:
-        raise UserError(f"--attention-lr-scale {scale:g}: this model has no attention; leave it out")
+        option = f"--attention-lr-scale {scale:g}" if scale != 1.0 else f"--attention-weight-decay {decay:g}"
+        raise UserError(f"{option}: this model has no attention; leave it out")
     split = []
     for group in groups:
         for inside in (False, True):
-            parameters = [p for p in group["params"] if (id(p) in attention) == inside]
-            if parameters:
-                lr_scale = group.get("lr_scale", 1.0) * (scale if inside else 1.0)
-                split.append({**group, "params": parameters, "lr_scale": lr_scale})
+            own = {**group, "params": [p for p in group["params"] if (id(p) in attention) == inside]}
+            own["lr_scale"] = group.get("lr_scale", 1.0) * (scale if inside else 1.0)
+            if inside and decay is not None and all(p.dim() > 1 for p in own["params"]):  # not its norms
+                own["weight_decay"] = decay
+            if own["params"]:
+                split.append(own)
     return split
 
 

@@ -85,6 +85,9 @@ class Options:
             min=1e-6,
         ),
     ] = 1.0
+    attention_weight_decay: Annotated[
+        float | None, _option(OPTIM, "That of attention, where it is another; by SGD 0 keeps it alive.", min=0.0)
+    ] = None
     accumulate: Annotated[int, _option(OPTIM, "Batches whose gradients make one step.", min=1)] = 1
     clip_grad: Annotated[float | None, _option(OPTIM, "Largest norm of the gradient.", min=0.0)] = None
     ema: Annotated[

@@ -34,6 +34,7 @@ SETTINGS = dict(
     warmup_epochs=1.0,
     layer_decay=None,
     attention_lr_scale=1.0,
+    attention_weight_decay=None,
     opt_kwargs={},
     momentum=None,
     min_lr=0.0,

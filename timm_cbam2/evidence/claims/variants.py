@@ -22,6 +22,7 @@ def _loud(about: str, recipe: dict[str, Any] | None = None, gains: Any = (1.0, 1
 
 SLOW, THIRD, HALF = {"attention_lr_scale": 0.1}, {"attention_lr_scale": 0.3}, {"lr": 3e-3}
 FAST, FASTEST = {"attention_lr_scale": 3.0}, {"attention_lr_scale": 10.0}
+KEPT = {"attention_weight_decay": 0.0}
 BOTH: dict[str, Any] = dict(router_norm=True, squeeze_norm=True)
 LIVE: dict[str, Any] = dict(center_spatial=True, **BOTH)
 MAPS_LIVE: dict[str, Any] = dict(learned_maps=4, **LIVE)
@@ -49,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quiet-center-third": _cbam2("the same, attention's learning rate a third", THIRD, **LIVE),
     "quiet-center-fast": _cbam2("the same, attention's learning rate three times the network's", FAST, **LIVE),
     "quiet-center-fastest": _cbam2("the same, attention's learning rate ten times the network's", FASTEST, **LIVE),
+    "quiet-center-kept": _cbam2("the same, no weight decay for the attention", KEPT, **LIVE),
+    "quiet-center-fast-kept": _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
     "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
     # the same from full strength, as the block once started
     "maps-route": _loud("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
