@@ -87,13 +87,19 @@ def test_parameter_groups():
         for parameter in group["params"]:
             name = names[id(parameter)]
             scales[name] = group["lr_scale"]
-            assert bool(group["weight_decay"]) == (parameter.ndim > 1), name
+            assert bool(group["weight_decay"]) == (parameter.ndim > 1 and ".se." not in name), name
     assert scales.keys() == set(names.values())
     assert scales["layer1.0.se.channel.fc1.weight"] == 3 * scales["layer1.0.conv1.weight"]
     assert scales["conv1.weight"] < scales["layer2.0.conv1.weight"] < scales["fc.weight"] == 1.0
-    optimizer = make_optimizer(network, {**OPTIONS, "attention_weight_decay": 0.0})
+    everything = {name for name, p in network.named_parameters() if p.ndim > 1}
+    for given, expected in ((None, everything - attention), (0.0, everything - attention), (0.1, everything)):
+        optimizer = make_optimizer(network, {**OPTIONS, "attention_weight_decay": given})
+        groups = [group for group in optimizer.param_groups if group["weight_decay"]]
+        assert {names[id(p)] for group in groups for p in group["params"]} == expected
+        assert {group["weight_decay"] for group in groups} == {0.1}
+    optimizer = timm.optim.create_optimizer_v2(network, opt="sgd", lr=0.1, weight_decay=0.1)  # as timm's own training
     decayed = {names[id(p)] for group in optimizer.param_groups for p in group["params"] if group["weight_decay"]}
-    assert decayed == {name for name, p in network.named_parameters() if p.ndim > 1} - attention
+    assert decayed == everything - attention
     assert freeze(network, "head") == sum(p.numel() for p in network.fc.parameters())
 
 

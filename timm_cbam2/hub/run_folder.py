@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 from ..errors import UserError
 
-__all__ = ["best_row", "rank", "read_metrics", "read_settings", "score", "score_name"]
+__all__ = ["best_row", "rank", "read_metrics", "read_settings", "score", "score_name", "with_attention_decay"]
 
 NEEDED = ("model", "data")
 
@@ -65,3 +65,8 @@ def score_name(row: dict[str, Any]) -> str:
 def rank(row: dict[str, Any]) -> tuple[float, float]:
     """By which one evaluation is better than another: its score, then its loss."""
     return score(row), -row["val_loss"]
+
+
+def with_attention_decay(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a run that may have begun before attention had a weight decay of its own: it had that of all."""
+    return {"attention_weight_decay": saved.get("weight_decay"), **saved}

@@ -19,7 +19,7 @@ from .twins_cbam2 import (
     twin_cfgs,
     twin_entrypoints,
 )
-from .weights_cbam2 import TakesPlainWeights, Weights
+from .weights_cbam2 import OwnNetwork, Weights
 
 __all__ = ["ConvNeXtCbam2", "ConvNeXtCbam2Block"]
 
@@ -45,7 +45,7 @@ class ConvNeXtCbam2Block(ConvNeXtBlock):
         return self.drop_path(x) + self.shortcut(shortcut)
 
 
-class ConvNeXtCbam2(TellsOptions, TakesPlainWeights, ConvNeXt):
+class ConvNeXtCbam2(TellsOptions, OwnNetwork, ConvNeXt):
     """timm's ConvNeXt with a CBAM2 block in every residual branch."""
 
     def __init__(

@@ -32,7 +32,7 @@ from .twins_cbam2 import (
     twin_cfgs,
     twin_entrypoints,
 )
-from .weights_cbam2 import TakesPlainWeights
+from .weights_cbam2 import OwnNetwork
 
 __all__ = ["CifarResNet", "CifarResNetCbam2", "ResNetCbam2", "has_batch_norm"]
 
@@ -50,7 +50,7 @@ def has_batch_norm(norm_layer: Any = None) -> bool:
     return isinstance(layer, type) and issubclass(layer, _BatchNorm)
 
 
-class _AttentionSlot(TellsOptions, TakesPlainWeights, ResNet):
+class _AttentionSlot(TellsOptions, OwnNetwork, ResNet):
     """Fills timm's attention slot in every residual block of the ResNet it is mixed into."""
 
     def __init__(

@@ -9,28 +9,37 @@ import torch.nn as nn
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
-from .cbam2 import Cbam2, made_with
+from .cbam2 import Cbam2, is_cbam2, made_with
 from .saved_cbam2 import OLD_TIMM, input_channels
 
 __all__ = [
     "WARM_START",
-    "TakesPlainWeights",
+    "OwnNetwork",
     "Weights",
     "check_source",
     "check_weights",
     "needs_attention",
     "require_safetensors",
+    "undecayed",
 ]
 
 WARM_START = "from_"  # prefix of the tags whose weights are timm's own
 Weights = Dict[str, torch.Tensor]
 
 
-class TakesPlainWeights(nn.Module):
-    """A mixin: a network whose attention is at the identity also loads, strictly, what its twin without it has."""
+class OwnNetwork(nn.Module):
+    """A mixin of all networks of ours, as timm's and torch's own machinery sees them."""
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Weights that timm's optimizers are not to decay: the attention's, see `undecayed`."""
+        return undecayed(self)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, so that `checkpoint_path=` of `timm.create_model` takes the twin's file too, with a warning."""
+        """As torch's; where the attention is at the identity, the twin's weights fit strictly too, with a warning.
+
+        So `checkpoint_path=` of `timm.create_model` takes the twin's file.
+        """
         own = super().state_dict()
         attention = _attention_keys(self)
         if strict and state_dict.keys() == own.keys() - attention and _is_identity(self):
@@ -41,6 +50,18 @@ class TakesPlainWeights(nn.Module):
             )
             state_dict = {**state_dict, **{key: own[key] for key in attention}}
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+
+def undecayed(model: nn.Module) -> Set[str]:
+    """Names of the weights of all CBAM2 blocks that weight decay would put to sleep.
+
+    Decay is balanced by the gradient. That of a decision which hardly matters yet is small, and SGD shrinks its weights
+    a hundredfold within a few epochs; what stands before a norm ends below the norm's epsilon, and a router that was
+    to learn answers alike for ever.
+    """
+    blocks = [(name, block) for name, block in model.named_modules() if is_cbam2(block)]
+    names = {f"{name}.{key}" for name, block in blocks for key, p in block.named_parameters() if p.dim() > 1}
+    return {name.removeprefix(".") for name in names}
 
 
 def _is_identity(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import UserError, one_line
 from ..models.cbam2 import is_cbam2
+from ..models.weights_cbam2 import undecayed
 from .multi_label import MultiLabelLoss
 
 __all__ = ["attention_parameters", "freeze", "keep_frozen", "make_loss", "make_optimizer", "make_schedule"]
@@ -79,28 +80,32 @@ def keep_frozen(network: nn.Module) -> None:
 
 
 def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """timm's groups (no decay for norms, biases, temperatures; lr by depth), with attention in groups of its own."""
-    exempt = network.no_weight_decay() if hasattr(network, "no_weight_decay") else ()
+    """timm's groups (lr by depth; no decay for norms, biases, temperatures and CBAM2), attention in groups of its own."""
+    scale, decay = settings["attention_lr_scale"], settings["attention_weight_decay"]
+    exempt = set(network.no_weight_decay() if hasattr(network, "no_weight_decay") else ())
+    if decay == settings["weight_decay"]:  # as all others'
+        exempt, decay = exempt - undecayed(network), None
+    else:
+        exempt |= undecayed(network)
     if settings["layer_decay"] is not None:
         groups = param_groups_layer_decay(
             network, settings["weight_decay"], exempt, layer_decay=settings["layer_decay"]
         )
     else:
         groups = param_groups_weight_decay(network, settings["weight_decay"], no_weight_decay_list=exempt)
-    scale, decay = settings["attention_lr_scale"], settings["attention_weight_decay"]
     if scale == 1.0 and decay is None:
         return groups
     names = attention_parameters(network)
-    attention = {id(p) for name, p in network.named_parameters() if name in names}
-    if not attention:
+    if not names:
         option = f"--attention-lr-scale {scale:g}" if scale != 1.0 else f"--attention-weight-decay {decay:g}"
         raise UserError(f"{option}: this model has no attention; leave it out")
+    attention = {id(p): "weights" if p.dim() > 1 else "rest" for name, p in network.named_parameters() if name in names}
     split = []
     for group in groups:
-        for inside in (False, True):
-            own = {**group, "params": [p for p in group["params"] if (id(p) in attention) == inside]}
-            own["lr_scale"] = group.get("lr_scale", 1.0) * (scale if inside else 1.0)
-            if inside and decay is not None and all(p.dim() > 1 for p in own["params"]):  # not its norms
+        for part in (None, "weights", "rest"):
+            own = {**group, "params": [p for p in group["params"] if attention.get(id(p)) == part]}
+            own["lr_scale"] = group.get("lr_scale", 1.0) * (scale if part else 1.0)
+            if part == "weights" and decay is not None:
                 own["weight_decay"] = decay
             if own["params"]:
                 split.append(own)

@@ -22,6 +22,7 @@ from ..data.sources import images_of_run
 from ..data.stream import StreamedImages, find_stream
 from ..data.stream_loader import make_stream_loader
 from ..errors import UserError, one_line
+from ..hub.run_folder import with_attention_decay
 from ..hub.zoo import class_names, load, pretrained_tags, resolve
 from ..models.passes_cbam2 import registered
 from ..models.weights_cbam2 import WARM_START
@@ -234,7 +235,7 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], at_batch: 
         if before["images"] == after["images"] and before["classes"] == after["classes"]:
             what = "as many images, but with other names or labels"
         raise UserError(f"cannot resume: the data changed ({what}): a run goes on with the data it began with")
-    old, new = saved["settings"], now["settings"]
+    old, new = with_attention_decay(saved["settings"]), now["settings"]
     size_before, size_now = (x["processes"] * x["settings"]["batch_size"] for x in (saved, now))
     for name in sorted(old.keys() & new.keys()):
         if old[name] == new[name] or name in OF_THE_CALL or (name == "batch_size" and size_before == size_now):

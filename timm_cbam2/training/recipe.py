@@ -9,7 +9,7 @@ from typing import Any, Mapping, Sequence
 import typer
 
 from ..errors import UserError, one_line
-from ..hub.run_folder import read_settings
+from ..hub.run_folder import read_settings, with_attention_decay
 from .folds import read_folds
 
 __all__ = ["Applied", "apply_recipe", "apply_resume", "list_recipes", "read_recipe"]
@@ -111,6 +111,7 @@ def apply_resume(context: typer.Context, where: str | None) -> str | None:
     settings = read_settings(Path(where).expanduser()) or read_folds(Path(where).expanduser())
     if settings is None:
         raise UserError(f"--resume {where} is no run folder (it has no run.json): give one, or auto")
+    settings = with_attention_decay(settings)
     options = {name: settings[name] for name in _options_of(context) if name in settings}
     options = {k: v for k, v in options.items() if k not in ("recipe", "resume") and v is not None}
     _remember(context, options | {"output": str(Path(where).expanduser())})

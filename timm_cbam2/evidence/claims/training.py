@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...models.cbam2 import is_cbam2
 from ...training.optimise import make_optimizer, make_schedule
 
 __all__ = ["RECIPES", "predict", "to_input", "train"]
@@ -34,7 +35,7 @@ SETTINGS = dict(
     warmup_epochs=1.0,
     layer_decay=None,
     attention_lr_scale=1.0,
-    attention_weight_decay=None,
+    attention_weight_decay=None,  # SE's as all others'
     opt_kwargs={},
     momentum=None,
     min_lr=0.0,
@@ -87,6 +88,8 @@ def train(
         mirror: half of the images, for what has no handedness.
     """
     settings = {**SETTINGS, **recipe, "epochs": epochs}
+    if any(is_cbam2(module) for module in network.modules()):  # decayed, too, where the variant does not say otherwise
+        settings["attention_weight_decay"] = recipe.get("attention_weight_decay", recipe["weight_decay"])
     optimizer = make_optimizer(network, settings)
     steps = len(labels) // batch_size
     schedule = make_schedule(optimizer, settings, steps)

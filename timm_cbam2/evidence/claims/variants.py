@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quiet-center-fastest": _cbam2("the same, attention's learning rate ten times the network's", FASTEST, **LIVE),
     "quiet-center-kept": _cbam2("the same, no weight decay for the attention", KEPT, **LIVE),
     "quiet-center-fast-kept": _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
+    "quiet-center-fastest-kept": _cbam2("and ten times the learning rate", {**FASTEST, **KEPT}, **LIVE),
     "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
     # the same from full strength, as the block once started
     "maps-route": _loud("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
