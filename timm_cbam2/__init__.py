@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # the same names as in _LAZY
     from .insertion.saved import load_inserted
     from .kernels.cpu import disable_cpu_kernel, enable_cpu_kernel
     from .kernels.triton import disable_triton_kernel, enable_triton_kernel
+    from .models.weights_cbam2 import undecayed
     from .seeing.explain import explain
     from .training.optimise import freeze
 
@@ -69,6 +70,7 @@ __all__ = [
     "resolve_options",
     "save",
     "suggest",
+    "undecayed",
 ]
 
 # Not needed to build a model, so not imported with it.
@@ -84,6 +86,7 @@ _LAZY = {
     "remove": ".insertion.remove",
     "save": ".hub.folder",
     "suggest": ".hub.zoo",
+    "undecayed": ".models.weights_cbam2",
 }
 
 

@@ -12,7 +12,6 @@ import time
 import pytest
 import torch
 
-from timm_cbam2.hub.run_folder import with_attention_decay
 from timm_cbam2.training.states import read_state
 
 # Everything with randomness or memory of its own: dropped paths, mixing, an average of the weights, accumulation.
@@ -291,19 +290,3 @@ def test_num_processes(start, images, tmp_path, number):
         assert len(steps(folder)) >= 1
     else:
         assert code == 2 and "of 2 died (SIGKILL" in lines[0] and "--resume auto" in lines[0], err
-
-
-def test_begun_when_attention_was_decayed(run, refused, images, quick, tmp_path):
-    """Before attention had a weight decay of its own it had that of all; such a run keeps it, and its optimizer."""
-    folder = tmp_path / "run"
-    args = ("finetune", "--data", images, *quick, "--output", folder)
-    assert run(*args, "--epochs", "1", "--attention-weight-decay", "0.05").code == 0
-    settings = json.loads((folder / "run.json").read_text())
-    assert settings.pop("attention_weight_decay") == settings["weight_decay"] == 0.05
-    assert with_attention_decay(settings)["attention_weight_decay"] == 0.05  # of checkpoints, which have checksums
-    (folder / "run.json").write_text(json.dumps(settings))
-    words = ("cannot resume", "--attention-weight-decay was 0.05 and is now None")
-    refused(*args, "--epochs", "2", "--resume", "auto", words=words)
-    result = run("finetune", "--resume", folder, "--epochs", "2")
-    assert result.code == 0 and "going on from" in result.out, result
-    assert json.loads((folder / "run.json").read_text())["attention_weight_decay"] == 0.05

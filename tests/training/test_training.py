@@ -15,11 +15,8 @@ import timm_cbam2  # noqa: F401
 from timm_cbam2.data.cached import CachedImages
 from timm_cbam2.data.loading import ImageDataset, data_config, make_loader
 from timm_cbam2.data.sources import find_images
-from timm_cbam2.training.optimise import attention_parameters, freeze, make_optimizer
+from timm_cbam2.training.optimise import attention_parameters, freeze
 from timm_cbam2.training.recipe import RECIPES, read_recipe
-
-OPTIONS = dict(opt="adamw", opt_kwargs={}, momentum=None, lr=1.0, weight_decay=0.1, layer_decay=None)
-OPTIONS |= dict(attention_lr_scale=1.0, attention_weight_decay=None)
 
 
 def rows(folder):
@@ -74,33 +71,6 @@ def test_frozen_means_frozen(run, images, quick, tmp_path, train):
         begun, ended = [line for line in result.out.splitlines() if text in line]
         speed = rows(tmp_path / "run")[-1]["images_per_second"]
         assert begun.startswith("resnet20_cbam2: ") and ended == f"{text}; {speed:.0f} images/s"
-
-
-def test_parameter_groups():
-    network = timm.create_model("resnet20_cbam2")
-    names = {id(p): name for name, p in network.named_parameters()}
-    attention = attention_parameters(network)
-    assert attention == {name for name, _ in network.named_parameters() if ".se." in name}
-    optimizer = make_optimizer(network, {**OPTIONS, "layer_decay": 0.5, "attention_lr_scale": 3.0})
-    scales = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = names[id(parameter)]
-            scales[name] = group["lr_scale"]
-            assert bool(group["weight_decay"]) == (parameter.ndim > 1 and ".se." not in name), name
-    assert scales.keys() == set(names.values())
-    assert scales["layer1.0.se.channel.fc1.weight"] == 3 * scales["layer1.0.conv1.weight"]
-    assert scales["conv1.weight"] < scales["layer2.0.conv1.weight"] < scales["fc.weight"] == 1.0
-    everything = {name for name, p in network.named_parameters() if p.ndim > 1}
-    for given, expected in ((None, everything - attention), (0.0, everything - attention), (0.1, everything)):
-        optimizer = make_optimizer(network, {**OPTIONS, "attention_weight_decay": given})
-        groups = [group for group in optimizer.param_groups if group["weight_decay"]]
-        assert {names[id(p)] for group in groups for p in group["params"]} == expected
-        assert {group["weight_decay"] for group in groups} == {0.1}
-    optimizer = timm.optim.create_optimizer_v2(network, opt="sgd", lr=0.1, weight_decay=0.1)  # as timm's own training
-    decayed = {names[id(p)] for group in optimizer.param_groups for p in group["params"] if group["weight_decay"]}
-    assert decayed == everything - attention
-    assert freeze(network, "head") == sum(p.numel() for p in network.fc.parameters())
 
 
 def test_options_reach_the_model_and_the_data(run, refused, digits, tmp_path):

@@ -80,7 +80,7 @@ def keep_frozen(network: nn.Module) -> None:
 
 
 def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """timm's groups (lr by depth; no decay for norms, biases, temperatures and CBAM2), attention in groups of its own."""
+    """timm's groups (lr by depth; no decay for norms, biases, CBAM2), with attention in groups of its own."""
     scale, decay = settings["attention_lr_scale"], settings["attention_weight_decay"]
     exempt = set(network.no_weight_decay() if hasattr(network, "no_weight_decay") else ())
     if decay == settings["weight_decay"]:  # as all others'

@@ -66,7 +66,7 @@ class Options:
             metavar="NUMBER|auto",
         ),
     ] = None
-    weight_decay: Annotated[float, _option(OPTIM, "Not applied to norms, biases, temperatures, nor to CBAM2.", min=0.0)] = 0.05
+    weight_decay: Annotated[float, _option(OPTIM, "Not of norms, biases and CBAM2.", min=0.0)] = 0.05
     opt: Annotated[str, _option(OPTIM, "Optimizer, by timm's name.")] = "adamw"
     opt_kwargs: Annotated[list[str], _pairs(OPTIM, "More of the optimizer's arguments.")] = field(default_factory=list)
     momentum: Annotated[float | None, _option(OPTIM, "For optimizers that have one.", min=0.0)] = None
@@ -86,7 +86,7 @@ class Options:
         ),
     ] = 1.0
     attention_weight_decay: Annotated[
-        float | None, _option(OPTIM, "That of attention; none in CBAM2, where it would put routers to sleep, unless this says another.", min=0.0)
+        float | None, _option(OPTIM, "That of attention, where it is another; CBAM2 has none.", min=0.0)
     ] = None
     accumulate: Annotated[int, _option(OPTIM, "Batches whose gradients make one step.", min=1)] = 1
     clip_grad: Annotated[float | None, _option(OPTIM, "Largest norm of the gradient.", min=0.0)] = None

@@ -35,7 +35,7 @@ def _task(option: str, given: str) -> tuple[str, str | None]:
     if Path(given).is_file():
         return Path(given).resolve().parent.name, given
     if given not in TASKS:
-        raise UserError(f"--{option} {given}: no such task; give a parquet file of images, or one of {', '.join(TASKS)}")
+        raise UserError(f"--{option} {given}: no such task; give a parquet file, or one of {', '.join(TASKS)}")
     return given, None
 
 
