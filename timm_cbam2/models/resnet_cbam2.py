@@ -219,15 +219,22 @@ def _shipped_options(weights: Optional[str]) -> Dict[str, Any]:
     return resolve_options(arguments.get("cbam2"), saved=True)
 
 
+def _by_tag(weights: Path) -> Tuple[str, int]:
+    """For sorting, newest version first: weights behind a tag never change, better ones get `tag_v2` and so on."""
+    tag = weights.parent.name.partition(".")[2]
+    older, found, version = tag.rpartition("_v")
+    return (older, -int(version)) if found and version.isdecimal() else (tag, -1)
+
+
 def _shipped_cfgs(name: str) -> Dict[str, Any]:
-    """Configurations of the weights that come with this package, by `name.tag`.
+    """Configurations of the weights that come with this package, by `name.tag`, the default first.
 
     In a wheel they lie in the package, in a source checkout beside it; as remote code there are none.
     """
     package = Path(__file__).parent.parent
     found: Dict[str, Any] = {}
     for root in (package.parent, package):
-        for weights in sorted(root.glob(f"checkpoints/{name}.*/model.safetensors")):
+        for weights in sorted(root.glob(f"checkpoints/{name}.*/model.safetensors"), key=_by_tag):
             config = json.loads(weights.with_name("config.json").read_text(encoding="utf-8"))
             cfg = {
                 key: tuple(value) if isinstance(value, list) else value  # as timm's own configurations have them
