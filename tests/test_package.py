@@ -32,7 +32,7 @@ def test_what_is_in_it(wheel):
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "timm_cbam2").rglob("*.py")}
     assert modules <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    for tag in ("cifar10", "clutter"):
+    for tag in ("cifar10", "cifar10_v2", "clutter"):
         assert f"timm_cbam2/checkpoints/resnet20_cbam2.{tag}/model.safetensors" in names
     assert size < 5e6 + 1e6  # the models may take 5 MB
 

@@ -14,13 +14,19 @@ from timm.utils import reparameterize_model
 
 from timm_cbam2.evidence.shipped import make, verify
 from timm_cbam2.hub.folder import save
+from timm_cbam2.hub.zoo import pretrained_tags
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted(path.parent for path in (ROOT / "checkpoints").glob("*/SHA256SUMS"))
 
 
 def test_models_are_shipped():
-    assert {"resnet20_cbam2.cifar10", "resnet20_cbam2.clutter"} <= {folder.name for folder in SHIPPED}
+    names = [f"resnet20_cbam2.{tag}" for tag in ("cifar10_v2", "cifar10", "clutter")]
+    assert set(names) <= {folder.name for folder in SHIPPED}
+    assert timm.list_pretrained("resnet20_cbam2*") == sorted(names)
+    assert pretrained_tags("resnet20_cbam2") == ["cifar10_v2", "cifar10", "clutter"]  # the default first
+    model = timm.create_model("resnet20_cbam2", pretrained=True)
+    assert model.pretrained_cfg["tag"] == "cifar10_v2" and model.cbam2_options["router_norm"]
 
 
 @pytest.mark.parametrize("folder", SHIPPED, ids=lambda f: f.name)
