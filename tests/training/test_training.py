@@ -63,12 +63,8 @@ def test_frozen_means_frozen(run, images, quick, tmp_path, train):
     settings = json.loads((tmp_path / "run" / "run.json").read_text())
     assert settings["trainable_parameters"] < 0.2 * settings["parameters"]
     changed = {name for name, value in before.state_dict().items() if not torch.equal(value, after[name])}
-    norms = {name for name in before.state_dict() if ".se." in name and ".running_" in name}  # statistics of its own
-    counts = {name for name in before.state_dict() if ".se." in name and name.endswith("num_batches_tracked")}
-    kinds = {
-        "attention" if name in names | norms | counts else "head" if name.startswith("fc.") else name
-        for name in changed
-    }
+    names |= {name for name, _ in before.named_buffers() if ".se." in name}  # statistics of its norms
+    kinds = {"attention" if name in names else "head" if name.startswith("fc.") else name for name in changed}
     assert kinds == set(train.split("+"))
     if train == "attention":  # what is trained is said before and after, with the speed
         everything, trained = sum(p.numel() for p in before.parameters()), freeze(before, "attention")

@@ -56,8 +56,8 @@ def undecayed(model: nn.Module) -> Set[str]:
     """Names of the weights of all CBAM2 blocks that weight decay would put to sleep.
 
     Decay is balanced by the gradient. That of a decision which hardly matters yet is small, and SGD shrinks its weights
-    to a twenty-fifth within a few epochs; what stands before a norm ends below the norm's epsilon, and a router that was
-    to learn answers alike for ever.
+    to a twenty-fifth within a few epochs; what stands before a norm ends below the norm's epsilon, and the router
+    answers alike for ever.
     """
     blocks = [(name, block) for name, block in model.named_modules() if is_cbam2(block)]
     names = {f"{name}.{key}" for name, block in blocks for key, p in block.named_parameters() if p.dim() > 1}
