@@ -27,14 +27,14 @@ def wheel(tmp_path_factory):
 def test_what_is_in_it(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        models = sum(i.file_size for i in archive.infolist() if i.filename.startswith("timm_cbam2/checkpoints/"))
+        size = sum(info.file_size for info in archive.infolist())
     assert {name.split("/")[0] for name in names} == {"timm_cbam2", "timm_cbam2-0.1.0.dist-info"}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "timm_cbam2").rglob("*.py")}
     assert modules <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for tag in ("cifar10", "cifar10_v2", "clutter"):
         assert f"timm_cbam2/checkpoints/resnet20_cbam2.{tag}/model.safetensors" in names
-    assert models < 5e6 and wheel.stat().st_size < 5e6  # what an install takes of a disk, and of a line
+    assert size < 5e6 + 1e6  # the models may take 5 MB
 
 
 def test_it_runs_the_main_job_elsewhere(wheel, run, tmp_path):

@@ -33,9 +33,6 @@ def test_parameter_groups():
         groups = [group for group in optimizer.param_groups if group["weight_decay"]]
         assert {names[id(p)] for group in groups for p in group["params"]} == expected
         assert {group["weight_decay"] for group in groups} == {0.1}
-    optimizer = timm.optim.create_optimizer_v2(network, opt="sgd", lr=0.1, weight_decay=0.1)  # as timm's own training
-    decayed = {names[id(p)] for group in optimizer.param_groups for p in group["params"] if group["weight_decay"]}
-    assert decayed == everything - attention
     assert freeze(network, "head") == sum(p.numel() for p in network.fc.parameters())
 
 

@@ -83,8 +83,7 @@ def liveness(block: nn.Module, kind: str, values: Tensor) -> dict[str, Any]:
     """How much decisions (N, …) differ between images, and whether they are dead."""
     spread = _spread(values)
     if kind in ("channel", "spatial"):
-        top = RANGE[getattr(block, kind).gate]
-        bound = 0.0 if kind == "spatial" and getattr(block, "free", False) else getattr(block, "bound", 0.0)
+        top, bound = RANGE[getattr(block, kind).gate], getattr(block, "bound", 0.0)
         low = top / (1 + np.exp(bound)) if bound else 0.0  # a bounded gate has nearer ends
         share = (values - low) / (top - 2 * low)
         away = (share < NEAR) | (share > 1 - NEAR)

@@ -17,11 +17,10 @@ __all__ = ["Trial"]
 class _Router(nn.Module):
     """A router whose logits (B, K) or (B, K, H, W) BatchNorm balances: over the data no choice leads."""
 
-    def __init__(self, logits: nn.Module, choices: int, gain: float = 1.0):
+    def __init__(self, logits: nn.Module, choices: int):
         super().__init__()
         self.logits = logits
         self.bn = nn.BatchNorm1d(choices)
-        nn.init.constant_(self.bn.weight, gain)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.logits(x)
@@ -76,8 +75,6 @@ class Trial(Cbam2):
         maps: "raw" or "norm": average and maximum normalised over the batch.
         route: "raw", "norm", "pixel" (weights for each position, logits normalised), "even" (no router).
         bound: largest absolute gate input, by tanh; 0 for none.
-        free: the spatial gate's input is not bounded.
-        gain: what normalised squeezes and router logits are multiplied by at first.
         cool: temperature of the channel gate at first, another than the spatial gate's.
         deep: a hidden layer of this many channels in the spatial network.
     """
@@ -95,19 +92,15 @@ class Trial(Cbam2):
         deep: int = 0,
         std: bool = False,
         cool: float = 0.0,
-        free: bool = False,
-        gain: float = 1.0,
         **options: Any,
     ):
         super().__init__(channels, gate="unit_sigmoid", **options)
         self.kind = dict(channel=channel, fusion=fusion, spatial=spatial, maps=maps, route=route)
-        self.bound, self.std, self.free = bound, std, free
+        self.bound, self.std = bound, std
         self.channel.forward, self.spatial.forward = self.forward_channel, self.forward_spatial
         choices = len(self.spatial.branches)
         if channel == "norm":
-            self.squeeze_bn = nn.BatchNorm1d(2 * channels, affine=gain != 1)
-            if gain != 1:
-                nn.init.constant_(self.squeeze_bn.weight, gain)
+            self.squeeze_bn = nn.BatchNorm1d(2 * channels, affine=False)
         if channel == "gate":
             self.gate_bn = nn.BatchNorm1d(channels)
             nn.init.zeros_(self.gate_bn.weight)
@@ -115,9 +108,9 @@ class Trial(Cbam2):
         if channel == "data":
             self.gate_center = _DataCenter(channels)
         if fusion == "norm":
-            self.channel.router = _Router(_logits(self.channel.router), 2, gain)
+            self.channel.router = _Router(_logits(self.channel.router), 2)
         if route == "norm":
-            self.spatial.router = _Router(_logits(self.spatial.router), choices, gain)
+            self.spatial.router = _Router(_logits(self.spatial.router), choices)
         elif route == "pixel":
             self.spatial.router = _Router(nn.Conv2d(4 + extra, choices, 3, padding=1, bias=False), choices)
         self.maps_bn = nn.BatchNorm2d(2, affine=False) if maps == "norm" else None
@@ -219,7 +212,7 @@ class Trial(Cbam2):
             z = z - z.mean((2, 3), keepdim=True)
         if kind == "standard":
             z = self.gain * z / (z.var((2, 3), keepdim=True, correction=0) + 1e-5).sqrt()
-        z = z / t if self.free else self.limit(z / t)
+        z = self.limit(z / t)
         if kind == "softmax":
             return z.flatten(2).softmax(2).view_as(z) * z[0, 0].numel()
         mask = apply_gate(z, "unit_sigmoid")

@@ -27,7 +27,6 @@ BOTH: dict[str, Any] = dict(router_norm=True, squeeze_norm=True)
 LIVE: dict[str, Any] = dict(center_spatial=True, **BOTH)
 MAPS_LIVE: dict[str, Any] = dict(learned_maps=4, **LIVE)
 ROUTE: dict[str, Any] = dict(fusion="norm", route="norm")
-QUIET_LIVE: dict[str, Any] = dict(channel="norm", spatial="center", gain=0.1, **ROUTE)
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {"attention": None, "about": "no attention"},
     "plain-3": {"attention": None, "about": "no attention, half the rate", "recipe": HALF},
@@ -77,8 +76,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "t-route-bound": _trial("routers normalised, gate inputs bounded by 2", bound=2.0, **ROUTE),
     "t-route-bound1": _trial("routers normalised, gate inputs bounded by 1", bound=1.0, **ROUTE),
     "t-route-bound3": _trial("routers normalised, gate inputs bounded by 3", bound=3.0, **ROUTE),
-    "t-quiet-bound": _trial("as registered, gate inputs bounded by 2", bound=2.0, **QUIET_LIVE),
-    "t-quiet-free": _trial("as registered, only the channel gate's bounded", bound=2.0, free=True, **QUIET_LIVE),
     "t-route-cool": _trial("routers normalised, channel gate's temperature from 8", cool=8.0, **ROUTE),
     "t-data": _trial("channel gate input less its mean over the data", channel="data"),
     "t-data-route": _trial("and routers normalised", channel="data", **ROUTE),
