@@ -64,8 +64,8 @@ class Trial(Cbam2):
 
     Args:
         channels: of the features.
-        channel: "raw" as registered, "norm" (squeezes normalised over the batch), "gate" (gate input normalised over
-            the batch, gain 0 at first), "softmax" (channels share a sum), "center", "data" (gate input less its mean
+        channel: "raw" as registered, "norm" (squeezes normalised over the batch), "layer" (each squeeze normalised
+            over its channels, a tenth of it at first), "gate" (gate input normalised over the batch, gain 0 at first), "softmax" (channels share a sum), "center", "data" (gate input less its mean
             over the data), "off".
         fusion: "router", "norm" (logits normalised over the batch).
         std: the standard deviation as a third squeeze (added to the average's).
@@ -101,6 +101,10 @@ class Trial(Cbam2):
         choices = len(self.spatial.branches)
         if channel == "norm":
             self.squeeze_bn = nn.BatchNorm1d(2 * channels, affine=False)
+        if channel == "layer":
+            self.squeeze_ln = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
+            for norm in self.squeeze_ln:
+                nn.init.constant_(norm.weight, 0.1)
         if channel == "gate":
             self.gate_bn = nn.BatchNorm1d(channels)
             nn.init.zeros_(self.gate_bn.weight)
@@ -155,6 +159,9 @@ class Trial(Cbam2):
             if kind == "norm":
                 both = self.squeeze_bn(both)
                 avg, largest = both.chunk(2, 1)
+            if kind == "layer":
+                avg, largest = self.squeeze_ln[0](avg), self.squeeze_ln[1](largest)
+                both = torch.cat([avg, largest], 1)
             a, m = F.relu(part.fc1(avg)), F.relu(part.fc1(largest))
             weights = part.router(both)
             z = part.fc2(weights[:, :1] * a + weights[:, 1:] * m)

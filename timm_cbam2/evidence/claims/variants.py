@@ -50,6 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quiet-center-fast": _cbam2("the same, attention's learning rate three times the network's", FAST, **LIVE),
     "quiet-center-fastest": _cbam2("the same, attention's learning rate ten times the network's", FASTEST, **LIVE),
     "quiet-center-kept": _cbam2("the same, no weight decay for the attention", KEPT, **LIVE),
+    "quiet-center-third-kept": _cbam2("and a third of the learning rate", {**THIRD, **KEPT}, **LIVE),
+    "quiet-center-slow-kept": _cbam2("and a tenth of the learning rate", {**SLOW, **KEPT}, **LIVE),
     "quiet-center-fast-kept": _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
     "quiet-center-fastest-kept": _cbam2("and ten times the learning rate", {**FASTEST, **KEPT}, **LIVE),
     "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
@@ -80,6 +82,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "t-data": _trial("channel gate input less its mean over the data", channel="data"),
     "t-data-route": _trial("and routers normalised", channel="data", **ROUTE),
     "t-data-center": _trial("and the spatial gate centred", channel="data", spatial="center", **ROUTE),
+    # blocks that were tried for ConvNeXts, whose images must not depend on each other
+    "t-layer": _trial("spatial gate centred, squeezes normalised in each image", channel="layer", spatial="center"),
     # blocks that were tried before the options were made, see tried.py
     "t-center": _trial("spatial gate centred", spatial="center"),
     "t-standard": _trial("spatial gate input standardised in each image", spatial="standard"),
