@@ -65,8 +65,8 @@ class Trial(Cbam2):
     Args:
         channels: of the features.
         channel: "raw" as registered, "norm" (squeezes normalised over the batch), "layer" (each squeeze normalised
-            over its channels, a tenth of it at first), "gate" (gate input normalised over the batch, gain 0 at first), "softmax" (channels share a sum), "center", "data" (gate input less its mean
-            over the data), "off".
+            over its channels, a tenth of it at first), "gate" (gate input normalised over the batch, gain 0 at
+            first), "softmax" (channels share a sum), "center", "data" (gate input less its mean over the data), "off".
         fusion: "router", "norm" (logits normalised over the batch).
         std: the standard deviation as a third squeeze (added to the average's).
         spatial: "raw", "center", "standard" (zero mean and unit variance over an image's positions, gain 0 at first),
