@@ -25,6 +25,7 @@ SHIFT = 2  # pixels by which a training image moves at most
 
 RECIPES: dict[str, dict[str, Any]] = {
     "adamw": dict(opt="adamw", lr=6e-3, weight_decay=0.05),
+    "adamw-slow": dict(opt="adamw", lr=2e-3, weight_decay=0.05),
     "adamw-fast": dict(opt="adamw", lr=2e-2, weight_decay=0.05),
     "sgd": dict(opt="sgd", lr=0.1, weight_decay=5e-4),
     "sgd-fast": dict(opt="sgd", lr=0.3, weight_decay=5e-4),
