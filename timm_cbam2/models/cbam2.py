@@ -17,12 +17,12 @@ import torch.nn as nn
 from timm.layers import register_notrace_module
 
 from .channel_cbam2 import ChannelAttn
-from .compiled_cbam2 import apply_masks, is_compiled, maps_of
+from .compiled_cbam2 import apply_masks, is_compiled, maps_of, squeezes_of
 from .decisions_cbam2 import statistics_kept
 from .fused_cbam2 import fused, fused_without_grad, needs_gradient
 from .fusible_cbam2 import can_fuse
 from .options_cbam2 import complete_options
-from .parts_cbam2 import as_one_node, has_hooks, is_traced, no_autocast
+from .parts_cbam2 import as_dtype, as_one_node, has_hooks, is_traced, no_autocast
 from .residual_cbam2 import branch_end
 from .spatial_cbam2 import SpatialAttn
 
@@ -202,7 +202,8 @@ class Cbam2(nn.Module):
     def _compiled(self, x: torch.Tensor) -> torch.Tensor:
         """The same for torch.compile: both masks at once."""
         with no_autocast(x):
-            ca, _ = self.channel.attend(x)
+            mask, _ = self.channel.mask_of(*squeezes_of(x))
+            ca = as_dtype(mask, x.dtype)[:, :, None, None]
             sa, _ = self.spatial.decide(maps_of(x, ca), x.dtype)
             return apply_masks(x, ca, sa)
 
