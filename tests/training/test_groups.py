@@ -36,6 +36,29 @@ def test_parameter_groups():
     assert freeze(network, "head") == sum(p.numel() for p in network.fc.parameters())
 
 
+def test_the_rate_of_attention():
+    """CBAM2's own by optimizer, unless it alone is trained or another is asked for; SE has the network's."""
+
+    def rates(name, **options):
+        network = timm.create_model(name)
+        groups = make_optimizer(
+            network, {**OPTIONS, "attention_lr_scale": None, "train": "all", **options}
+        ).param_groups
+        attention = {id(p) for name, p in network.named_parameters() if name in attention_parameters(network)}
+        return [
+            {g.get("lr_scale", 1.0) for g in groups for p in g["params"] if (id(p) in attention) == own}
+            for own in (1, 0)
+        ]
+
+    assert rates("resnet20_cbam2") == [{0.3}, {1.0}]
+    assert rates("resnet20_cbam2", opt="SGD") == [{3.0}, {1.0}]
+    assert rates("resnet20_cbam2", opt="lamb") == [{1.0}, {1.0}]
+    assert rates("resnet20_cbam2", train="attention+head") == [{1.0}, {1.0}]
+    assert rates("resnet20_cbam2", attention_lr_scale=2.0) == [{2.0}, {1.0}]
+    assert rates("seresnet50") == [{1.0}, {1.0}]
+    assert rates("resnet18") == [set(), {1.0}]
+
+
 def test_begun_when_attention_was_decayed(run, refused, small_run, quick, tmp_path):
     """Before attention had a weight decay of its own it had that of all; such a run keeps it, and its optimizer."""
     folder = tmp_path / "run"

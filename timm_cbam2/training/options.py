@@ -78,13 +78,13 @@ class Options:
         float | None, _option(OPTIM, "Learning rate of each layer as a share of the next one's.", min=0.0)
     ] = None
     attention_lr_scale: Annotated[
-        float,
+        float | None,
         _option(
             OPTIM,
-            "Learning rate of attention, times this; from random weights 0.1 by AdamW or 3 by SGD may help.",
+            "Learning rate of attention, times this; not given, CBAM2 has 0.3 by adamw and 3 by sgd, where all is trained.",
             min=1e-6,
         ),
-    ] = 1.0
+    ] = None
     attention_weight_decay: Annotated[
         float | None, _option(OPTIM, "That of attention, where it is another; CBAM2 has none.", min=0.0)
     ] = None

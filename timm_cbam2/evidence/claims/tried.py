@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...models.cbam2 import Cbam2, CbamAttention
+from ...models.decisions_cbam2 import QUIET, DecisionNorm
 from ...models.parts_cbam2 import apply_gate, compute_dtype, coordinates, no_autocast
 
 __all__ = ["Trial"]
@@ -76,6 +77,7 @@ class Trial(Cbam2):
         route: "raw", "norm", "pixel" (weights for each position, logits normalised), "even" (no router).
         bound: largest absolute gate input, by tanh; 0 for none.
         cool: temperature of the channel gate at first, another than the spatial gate's.
+        quiet: squeezes normalised over the batch, a tenth of them at first, whatever `channel` says.
         deep: a hidden layer of this many channels in the spatial network.
     """
 
@@ -92,6 +94,7 @@ class Trial(Cbam2):
         deep: int = 0,
         std: bool = False,
         cool: float = 0.0,
+        quiet: bool = False,
         **options: Any,
     ):
         super().__init__(channels, gate="unit_sigmoid", **options)
@@ -99,6 +102,7 @@ class Trial(Cbam2):
         self.bound, self.std = bound, std
         self.channel.forward, self.spatial.forward = self.forward_channel, self.forward_spatial
         choices = len(self.spatial.branches)
+        self.quiet = DecisionNorm(2 * channels, QUIET) if quiet else None
         if channel == "norm":
             self.squeeze_bn = nn.BatchNorm1d(2 * channels, affine=False)
         if channel == "layer":
@@ -156,6 +160,9 @@ class Trial(Cbam2):
             if self.std:
                 avg = avg + x.to(dtype).flatten(2).std(2, correction=0)
             both = torch.cat([avg, largest], 1)
+            if self.quiet is not None:
+                both = self.quiet(both)
+                avg, largest = both.chunk(2, 1)
             if kind == "norm":
                 both = self.squeeze_bn(both)
                 avg, largest = both.chunk(2, 1)

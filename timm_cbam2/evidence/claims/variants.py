@@ -81,6 +81,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "t-route-cool": _trial("routers normalised, channel gate's temperature from 8", cool=8.0, **ROUTE),
     "t-data": _trial("channel gate input less its mean over the data", channel="data"),
     "t-data-route": _trial("and routers normalised", channel="data", **ROUTE),
+    "t-data-quiet": _trial(
+        "squeezes normalised, quiet; channel gate input less its mean over the data; attention at a third, not decayed",
+        {**THIRD, **KEPT},
+        channel="data",
+        spatial="center",
+        quiet=True,
+        **ROUTE,
+    ),  # fmt: skip
     "t-data-center": _trial("and the spatial gate centred", channel="data", spatial="center", **ROUTE),
     # blocks that were tried for ConvNeXts, whose images must not depend on each other
     "t-layer": _trial("spatial gate centred, squeezes normalised in each image", channel="layer", spatial="center"),
