@@ -81,7 +81,7 @@ class Options:
         float | None,
         _option(
             OPTIM,
-            "Learning rate of attention, times this; not given, CBAM2 has 0.3 by adamw, 3 by sgd, where all is trained.",
+            "Learning rate of attention, times this; without it CBAM2 has 0.3 by adamw, 3 by sgd where all is trained.",
             min=1e-6,
         ),
     ] = None
