@@ -6,7 +6,7 @@ import timm
 
 import timm_cbam2  # noqa: F401
 from timm_cbam2.hub.run_folder import with_attention_decay
-from timm_cbam2.training.optimise import attention_parameters, freeze, make_optimizer
+from timm_cbam2.training.optimise import attention_lr_scale, attention_parameters, freeze, make_optimizer
 
 OPTIONS = dict(opt="adamw", opt_kwargs={}, momentum=None, lr=1.0, weight_decay=0.1, layer_decay=None)
 OPTIONS |= dict(attention_lr_scale=1.0, attention_weight_decay=None)
@@ -36,27 +36,31 @@ def test_parameter_groups():
     assert freeze(network, "head") == sum(p.numel() for p in network.fc.parameters())
 
 
-def test_the_rate_of_attention():
-    """CBAM2's own by optimizer, unless it alone is trained or another is asked for; SE has the network's."""
-
-    def rates(name, **options):
-        network = timm.create_model(name)
-        groups = make_optimizer(
-            network, {**OPTIONS, "attention_lr_scale": None, "train": "all", **options}
-        ).param_groups
-        attention = {id(p) for name, p in network.named_parameters() if name in attention_parameters(network)}
-        return [
-            {g.get("lr_scale", 1.0) for g in groups for p in g["params"] if (id(p) in attention) == own}
-            for own in (1, 0)
-        ]
-
-    assert rates("resnet20_cbam2") == [{0.3}, {1.0}]
-    assert rates("resnet20_cbam2", opt="SGD") == [{3.0}, {1.0}]
-    assert rates("resnet20_cbam2", opt="lamb") == [{1.0}, {1.0}]
-    assert rates("resnet20_cbam2", train="attention+head") == [{1.0}, {1.0}]
-    assert rates("resnet20_cbam2", attention_lr_scale=2.0) == [{2.0}, {1.0}]
-    assert rates("seresnet50") == [{1.0}, {1.0}]
-    assert rates("resnet18") == [set(), {1.0}]
+def test_the_rate_of_attention(run, small_run, quick, tmp_path):
+    """CBAM2's own by optimizer, where all begins at random; a run records which, and another is taken as given."""
+    network, plain = timm.create_model("resnet20_cbam2"), timm.create_model("resnet18")
+    assert attention_lr_scale(network, "AdamW", "all", False) == 0.3
+    assert attention_lr_scale(network, "sgd", "all", False) == 3.0
+    for model, opt, train, pretrained in (
+        (network, "lamb", "all", False),
+        (network, "adamw", "attention+head", False),
+        (network, "adamw", "all", True),
+        (plain, "adamw", "all", False),
+        (timm.create_model("seresnet50"), "sgd", "all", False),
+    ):
+        assert attention_lr_scale(model, opt, train, pretrained) == 1.0
+    found = []
+    for more in (
+        ("--no-pretrained",),
+        ("--no-pretrained", "--opt", "sgd", "--lr", "0.1"),
+        ("--no-pretrained", "--attention-lr-scale", "2"),
+        ("--model", f"{small_run[0]}/best"),
+    ):
+        folder = tmp_path / f"run{len(found)}"
+        args = ("finetune", "--data", small_run[1], *quick, "--output", folder, "--epochs", "1", *more)
+        assert run(*args).code == 0
+        found.append(json.loads((folder / "run.json").read_text())["attention_lr_scale"])
+    assert found == [0.3, 3.0, 2.0, 1.0]
 
 
 def test_begun_when_attention_was_decayed(run, refused, small_run, quick, tmp_path):

@@ -18,7 +18,7 @@ from .automatic import AUTO, said
 from .batch_size import choose_batch_size
 from .distill import make_distillation
 from .loop import Run
-from .optimise import freeze, make_optimizer, make_schedule
+from .optimise import attention_lr_scale, freeze, make_optimizer, make_schedule
 from .range_test import choose_lr
 from .settings import OF_THE_CALL
 
@@ -35,6 +35,8 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
     process = accelerator.process_index, accelerator.num_processes
     network, pretrained, notes = prepare.build(settings, images)
     prepare.complete(settings, images, pretrained)
+    if settings["attention_lr_scale"] is None:
+        settings["attention_lr_scale"] = attention_lr_scale(network, settings["opt"], settings["train"], pretrained)
     config, val_config = prepare.make_configs(settings, images, network)
     resumed = settings["resume"] is not None and any((folder / "checkpoints").glob("step-*"))
     parts = prepare.make_datasets(settings, images, config, val_config, process, resumed)

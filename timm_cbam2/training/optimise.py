@@ -16,14 +16,22 @@ from ..models.cbam2 import is_cbam2
 from ..models.weights_cbam2 import undecayed
 from .multi_label import MultiLabelLoss
 
-__all__ = ["attention_parameters", "freeze", "keep_frozen", "make_loss", "make_optimizer", "make_schedule"]
+__all__ = [
+    "attention_lr_scale",
+    "attention_parameters",
+    "freeze",
+    "keep_frozen",
+    "make_loss",
+    "make_optimizer",
+    "make_schedule",
+]
 
 
 # In torchvision, transformers and segmentation_models_pytorch.
 HEADS = ("fc", "classifier", "head", "heads", "roi_heads", "decode_head", "segmentation_head")
 
 
-# What CBAM2's learning rate is times that of all else, where all is trained: see evidence/claims. AdamW's first steps
+# What CBAM2's learning rate is times that of all else, where all begins at random: see evidence/claims. AdamW's steps
 # are as long for a gate that hardly matters yet as for any weight, and shut channels for good; SGD's are too short.
 CBAM2_LR_SCALE = {"adamw": 0.3, "sgd": 3.0}
 
@@ -84,18 +92,16 @@ def keep_frozen(network: nn.Module) -> None:
             module.eval()
 
 
-def _attention_scale(network: nn.Module, settings: dict[str, Any]) -> float:
-    scale = settings["attention_lr_scale"]
-    if scale is not None:
-        return float(scale)
-    if settings["train"] != "all" or not any(is_cbam2(module) for module in network.modules()):
+def attention_lr_scale(network: nn.Module, opt: str, train: str, pretrained: bool) -> float:
+    """What the learning rate of attention is times that of all else, unless a person says so."""
+    if pretrained or train != "all" or not any(is_cbam2(module) for module in network.modules()):
         return 1.0
-    return CBAM2_LR_SCALE.get(settings["opt"].lower(), 1.0)
+    return CBAM2_LR_SCALE.get(opt.lower(), 1.0)
 
 
 def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """timm's groups (lr by depth; no decay for norms, biases, CBAM2), with attention in groups of its own."""
-    scale, decay = _attention_scale(network, settings), settings["attention_weight_decay"]
+    scale, decay = settings["attention_lr_scale"], settings["attention_weight_decay"]
     exempt = set(network.no_weight_decay() if hasattr(network, "no_weight_decay") else ())
     if decay == settings["weight_decay"]:  # as all others'
         exempt, decay = exempt - undecayed(network), None

@@ -81,7 +81,7 @@ class Options:
         float | None,
         _option(
             OPTIM,
-            "Learning rate of attention, times this; without it CBAM2 has 0.3 by adamw, 3 by sgd where all is trained.",
+            "Learning rate of attention, times this; CBAM2 from random weights has 0.3 by adamw and 3 by sgd, else 1.",
             min=1e-6,
         ),
     ] = None
