@@ -107,4 +107,8 @@ def build(
         if is_cbam2(block) and "gains" in VARIANTS[variant]:
             _start_at(*VARIANTS[variant]["gains"], block)
     network.load_state_dict(plain.state_dict() if weights is None else weights, strict=False)
+    if VARIANTS[variant].get("whole_branches"):
+        for block in network.modules():
+            if isinstance(block, BasicBlock):
+                nn.init.ones_(block.bn2.weight)
     return network.to(memory_format=torch.channels_last)

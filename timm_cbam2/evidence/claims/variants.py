@@ -51,6 +51,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quiet-center-fastest": _cbam2("the same, attention's learning rate ten times the network's", FASTEST, **LIVE),
     "quiet-center-kept": _cbam2("the same, no weight decay for the attention", KEPT, **LIVE),
     "quiet-center-third-kept": _cbam2("and a third of the learning rate", {**THIRD, **KEPT}, **LIVE),
+    "plain-whole": {
+        "attention": None,
+        "about": "no attention, branches begin whole, not at zero",
+        "whole_branches": True,
+    },
+    "quiet-center-third-kept-whole": {
+        **_cbam2("a third of the learning rate, branches begin whole, not at zero", {**THIRD, **KEPT}, **LIVE),
+        "whole_branches": True,
+    },
     "quiet-center-slow-kept": _cbam2("and a tenth of the learning rate", {**SLOW, **KEPT}, **LIVE),
     "quiet-center-fast-kept": _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
     "quiet-center-fastest-kept": _cbam2("and ten times the learning rate", {**FASTEST, **KEPT}, **LIVE),
