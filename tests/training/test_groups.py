@@ -39,13 +39,14 @@ def test_parameter_groups():
 def test_the_rate_of_attention(run, small_run, quick, tmp_path):
     """CBAM2's own by optimizer, where all begins at random; a run records which, and another is taken as given."""
     network, plain = timm.create_model("resnet20_cbam2"), timm.create_model("resnet18")
-    assert attention_lr_scale(network, "AdamW", "all", False) == 0.3
+    assert attention_lr_scale(network, "adamw", "all", False) == 0.3
     assert attention_lr_scale(network, "sgd", "all", False) == 3.0
     for model, opt, train, pretrained in (
         (network, "lamb", "all", False),
         (network, "adamw", "attention+head", False),
         (network, "adamw", "all", True),
         (plain, "adamw", "all", False),
+        (timm.create_model("test_convnext_cbam2"), "adamw", "all", False),  # has no norms
         (timm.create_model("seresnet50"), "sgd", "all", False),
     ):
         assert attention_lr_scale(model, opt, train, pretrained) == 1.0
@@ -61,6 +62,10 @@ def test_the_rate_of_attention(run, small_run, quick, tmp_path):
         assert run(*args).code == 0
         found.append(json.loads((folder / "run.json").read_text())["attention_lr_scale"])
     assert found == [0.3, 3.0, 2.0, 1.0]
+    again = ("finetune", "--data", small_run[1], *quick, "--output", tmp_path / "run2", "--no-pretrained")
+    result = run(*again, "--epochs", "2", "--resume", "auto")  # as if begun when the default was another
+    assert result.code == 0 and "going on from" in result.out, result
+    assert json.loads((tmp_path / "run2" / "run.json").read_text())["attention_lr_scale"] == 2.0
 
 
 def test_begun_when_attention_was_decayed(run, refused, small_run, quick, tmp_path):

@@ -115,7 +115,8 @@ class _Normalised(torch.autograd.Function):
 def _squeezes(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     dtype = compute_dtype(x)
     average = _over_positions(x, dtype) / (x.shape[2] * x.shape[3])
-    return average, as_dtype(x.amax(3, True).amax(2, True), dtype)
+    largest = x.amax(3, True).amax(2, True) if x.device.type == "cpu" else x.amax((2, 3), True)
+    return average, as_dtype(largest, dtype)
 
 
 def squeezes_of(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -157,16 +158,16 @@ def _own(norm: Any, z: torch.Tensor) -> bool:
     )
 
 
-def _moments(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _var_mean(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     """Variance, without a correction, and mean of each channel of z (B, C, H, W), (1, C, 1, 1) each."""
     if z.device.type != "cpu":
         return torch.var_mean(z, (0, 2, 3), correction=0, keepdim=True)
     # In one reading: the sums are of what z is off a row's mean, so that they are not of large numbers.
     count = z.numel() // z.shape[1]
-    row = z[:1, :, :1].mean(3, True)
-    off = row - z
+    near = z[:1, :, :1].mean(3, True)
+    off = near - z
     first, second = (_over_positions(t, batch=True) / count for t in (off, off * off))
-    return (second - first * first).clamp(min=0), row - first
+    return (second - first * first).clamp(min=0), near - first
 
 
 def normalised(norm: Optional[nn.Module], z: torch.Tensor) -> torch.Tensor:
@@ -184,7 +185,7 @@ def normalised(norm: Optional[nn.Module], z: torch.Tensor) -> torch.Tensor:
     if count == 1:
         return norm(z)  # which refuses
     with torch.no_grad():
-        var, mean = _moments(as_dtype(z, compute_dtype(z)))
+        var, mean = _var_mean(as_dtype(z, compute_dtype(z)))
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.view(-1), norm.momentum)
         norm.running_var.lerp_(var.view(-1) * (count / (count - 1)), norm.momentum)

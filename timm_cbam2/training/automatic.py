@@ -1,4 +1,4 @@
-"""`--lr auto` and `--batch-size auto`: found by the run itself once, said, and remembered by its folder."""
+"""What a run settles by itself once, such as `--lr auto`: said, and remembered by its folder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from ..errors import UserError
 from ..files import write_whole
+from ..hub.run_folder import read_settings
 
 __all__ = ["AUTO", "FILE", "number_or_auto", "recall", "remember", "said"]
 
@@ -32,13 +33,17 @@ def number_or_auto(kind: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 def recall(settings: dict[str, Any], folder: Path) -> None:
-    """Fill in, in place, what an earlier part of the run in `folder` had found.
+    """Fill in, in place, what an earlier part of the run in `folder` had found or settled.
 
     Raises:
         UserError: its file is damaged.
     """
     path = folder / FILE
-    if settings["resume"] is None or not path.is_file():
+    if settings["resume"] is None:
+        return
+    if settings["attention_lr_scale"] is None:
+        settings["attention_lr_scale"] = _recorded(folder, "attention_lr_scale")  # whatever is the default now
+    if not path.is_file():
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -50,6 +55,14 @@ def recall(settings: dict[str, Any], folder: Path) -> None:
     for name, value in chosen.items():
         if settings.get(name) == AUTO:
             settings[name] = value
+
+
+def _recorded(folder: Path, name: str) -> Any:
+    """What run.json says, None where there is none that can be read."""
+    try:
+        return (read_settings(folder) or {}).get(name)
+    except UserError:
+        return None
 
 
 def remember(folder: Path, found: Mapping[str, Any]) -> None:

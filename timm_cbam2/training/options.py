@@ -81,7 +81,8 @@ class Options:
         float | None,
         _option(
             OPTIM,
-            "Learning rate of attention, times this; CBAM2 from random weights has 0.3 by adamw and 3 by sgd, else 1.",
+            "Learning rate of attention, times this; not given, 0.3 by adamw and 3 by sgd in a ResNet with CBAM2 from "
+            "random weights, else 1.",
             min=1e-6,
         ),
     ] = None

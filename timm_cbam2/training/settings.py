@@ -57,6 +57,7 @@ RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are
     "drop_path": ("at least 0 and less than 1, such as 0.1", lambda value: 0 <= value < 1),
     "bce_target_threshold": ("at least 0 and less than 1, such as 0.2", lambda value: 0 <= value < 1),
 }
+SETTLED = {"attention_lr_scale": 1.0}  # what is usual where nobody said
 # Of one call, not of the training: a resumed run may have others.
 OF_THE_CALL = (
     "output", "resume", "recipe", "num_processes", "workers", "save_every", "keep", "track", "push_to", "folds",
@@ -201,7 +202,7 @@ def resolved_text(settings: Mapping[str, Any]) -> str:
     for name, value in settings.items():
         if name in ("recipe", "resume", "output") or name not in defaults:
             continue
-        default = {} if name in PAIRS else defaults[name]
+        default = {} if name in PAIRS else SETTLED.get(name, defaults[name])
         if value not in (default, None) or (name == "lr" and value):
             parts.append(f"{name}={value}")
     return " ".join(parts)

@@ -22,7 +22,9 @@ __all__ = ["Runner", "finetune_command"]
 
 def finetune_command(job: Job, folder: Path, model: str | None = None) -> list[str]:
     """The command line of a job, which resumes it where it was stopped."""
-    options = {**job.options, **({"model": model} if model else {})}
+    # One recipe for all, attention too.
+    as_all = {"attention_lr_scale": 1.0, "attention_weight_decay": job.options.get("weight_decay")}
+    options = {**as_all, **job.options, **({"model": model} if model else {})}
     words = [sys.executable, "-m", "timm_cbam2.finetune"]
     for name, value in options.items():
         flag = name.replace("_", "-")

@@ -77,7 +77,7 @@ class Trial(Cbam2):
         route: "raw", "norm", "pixel" (weights for each position, logits normalised), "even" (no router).
         bound: largest absolute gate input, by tanh; 0 for none.
         cool: temperature of the channel gate at first, another than the spatial gate's.
-        quiet: squeezes normalised over the batch, a tenth of them at first, whatever `channel` says.
+        quiet: squeezes normalised over the batch, a tenth of them at first, unless `channel` is "off".
         deep: a hidden layer of this many channels in the spatial network.
     """
 
@@ -108,7 +108,7 @@ class Trial(Cbam2):
         if channel == "layer":
             self.squeeze_ln = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
             for norm in self.squeeze_ln:
-                nn.init.constant_(norm.weight, 0.1)
+                nn.init.constant_(norm.weight, QUIET)
         if channel == "gate":
             self.gate_bn = nn.BatchNorm1d(channels)
             nn.init.zeros_(self.gate_bn.weight)
