@@ -106,9 +106,11 @@ def test_worth_is_what_a_decision_of_its_own_brings():
 
 def test_variants_share_what_they_have_in_common():
     """The same first weights in every common layer, and the same logits where attention starts at the identity."""
-    plain = build("plain", 1, seed=3)
+    at_zero, whole = build("plain", 1, seed=3), build("plain-whole", 1, seed=3)
+    assert not at_zero.layer1[0].bn2.weight.any() and torch.equal(whole.conv1.weight, at_zero.conv1.weight)
     x = torch.randn(2, 3, 16, 16)
     for name, variant in VARIANTS.items():
+        plain = whole if variant.get("whole_branches") else at_zero
         network = build(name, 1, seed=3, stages="23")
         gains = variant.get("gains", (0.1, 0.1))
         for block in (m for m in network.modules() if type(m) is Cbam2):
@@ -122,7 +124,7 @@ def test_variants_share_what_they_have_in_common():
         if VARIANTS[name]["attention"] in ("cbam2", "trial"):
             torch.testing.assert_close(network.eval()(x), plain.eval()(x))
     other = build("plain", 1, seed=4)
-    assert not torch.equal(other.conv1.weight, plain.conv1.weight)
+    assert not torch.equal(other.conv1.weight, at_zero.conv1.weight)
 
 
 def test_training_is_a_function_of_the_seed():
@@ -179,7 +181,7 @@ def test_a_run_and_its_table(tmp_path, capsys):
         (dict(stages="4"), "--stages 4"),
         (dict(start_on="clutte"), "--start-on clutte: no such task"),
         (dict(start_on="scale", start=0), "--start-on scale: for how many epochs"),
-        (dict(recipe="adam"), "adamw, adamw-fast, sgd, sgd-fast"),
+        (dict(recipe="adam"), "adamw, adamw-slow, adamw-fast, sgd, sgd-fast"),
     ):
         with pytest.raises(UserError, match=text):
             run(**{**small, **wrong})
