@@ -20,6 +20,11 @@ def _loud(about: str, recipe: dict[str, Any] | None = None, gains: Any = (1.0, 1
     return {**_cbam2(about, recipe, **options), "gains": gains}
 
 
+def _whole(variant: dict[str, Any]) -> dict[str, Any]:
+    """The last norm of every branch starts at 1; timm starts it at 0."""
+    return {**variant, "whole_branches": True}
+
+
 SLOW, THIRD, HALF = {"attention_lr_scale": 0.1}, {"attention_lr_scale": 0.3}, {"lr": 3e-3}
 FAST, FASTEST = {"attention_lr_scale": 3.0}, {"attention_lr_scale": 10.0}
 KEPT = {"attention_weight_decay": 0.0}
@@ -51,19 +56,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quiet-center-fastest": _cbam2("the same, attention's learning rate ten times the network's", FASTEST, **LIVE),
     "quiet-center-kept": _cbam2("the same, no weight decay for the attention", KEPT, **LIVE),
     "quiet-center-third-kept": _cbam2("no decay, a third of the learning rate", {**THIRD, **KEPT}, **LIVE),
-    "plain-whole": {
-        "attention": None,
-        "about": "no attention, branches begin whole, not at zero",
-        "whole_branches": True,
-    },
-    "quiet-center-third-kept-whole": {
-        **_cbam2("no decay, a third of the rate, branches begin whole", {**THIRD, **KEPT}, **LIVE),
-        "whole_branches": True,
-    },
     "quiet-center-slow-kept": _cbam2("no decay, a tenth of the learning rate", {**SLOW, **KEPT}, **LIVE),
     "quiet-center-fast-kept": _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
     "quiet-center-fastest-kept": _cbam2("and ten times the learning rate", {**FASTEST, **KEPT}, **LIVE),
     "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
+    # branches that begin whole, not at zero
+    "plain-whole": _whole({"attention": None, "about": "no attention, branches begin whole"}),
+    "se-whole": _whole({"attention": "se", "about": "timm's squeeze-and-excitation, branches begin whole"}),
+    "quiet-center-kept-whole": _whole(_cbam2("as registered, no decay, branches begin whole", KEPT, **LIVE)),
+    "quiet-center-third-kept-whole": _whole(
+        _cbam2("and a third of the learning rate", {**THIRD, **KEPT}, **LIVE),
+    ),
+    "quiet-center-fast-kept-whole": _whole(
+        _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
+    ),
     # the same from full strength, as the block once started
     "maps-route": _loud("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
     "maps-live": _loud("and normalised squeezes", **MAPS_LIVE),
