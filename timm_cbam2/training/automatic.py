@@ -42,7 +42,9 @@ def recall(settings: dict[str, Any], folder: Path) -> None:
     if settings["resume"] is None:
         return
     if settings["attention_lr_scale"] is None:
-        settings["attention_lr_scale"] = _recorded(folder, "attention_lr_scale")  # whatever is the default now
+        recorded = _recorded(folder)
+        if recorded.get("model") == settings["model"]:  # otherwise the run is refused, and should say why
+            settings["attention_lr_scale"] = recorded.get("attention_lr_scale")  # whatever is the default now
     if not path.is_file():
         return
     try:
@@ -57,12 +59,12 @@ def recall(settings: dict[str, Any], folder: Path) -> None:
             settings[name] = value
 
 
-def _recorded(folder: Path, name: str) -> Any:
-    """What run.json says, None where there is none that can be read."""
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What run.json says, nothing where there is none that can be read."""
     try:
-        return (read_settings(folder) or {}).get(name)
+        return read_settings(folder) or {}
     except UserError:
-        return None
+        return {}
 
 
 def remember(folder: Path, found: Mapping[str, Any]) -> None:
