@@ -237,7 +237,7 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], at_batch: 
         raise UserError(f"cannot resume: the data changed ({what}): a run goes on with the data it began with")
     old, new = with_attention_decay(saved["settings"]), now["settings"]
     size_before, size_now = (x["processes"] * x["settings"]["batch_size"] for x in (saved, now))
-    for name in sorted(old.keys() & new.keys()):
+    for name in sorted(old.keys() & new.keys(), key=lambda name: (name != "model", name)):  # others follow from it
         if old[name] == new[name] or name in OF_THE_CALL or (name == "batch_size" and size_before == size_now):
             continue
         flag = "--" + name.replace("_", "-")
