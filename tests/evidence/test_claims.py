@@ -110,7 +110,7 @@ def test_variants_share_what_they_have_in_common():
     assert not at_zero.layer1[0].bn2.weight.any() and torch.equal(whole.conv1.weight, at_zero.conv1.weight)
     x = torch.randn(2, 3, 16, 16)
     for name, variant in VARIANTS.items():
-        plain = whole if variant.get("whole_branches") else at_zero
+        plain = at_zero if variant.get("zero_init_last", True) else whole
         network = build(name, 1, seed=3, stages="23")
         gains = variant.get("gains", (0.1, 0.1))
         for block in (m for m in network.modules() if type(m) is Cbam2):

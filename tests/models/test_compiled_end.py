@@ -12,6 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from timm_cbam2 import Cbam2
+from timm_cbam2.models.compiled_cbam2 import normalised, squeezes_of
 from timm_cbam2.models.residual_cbam2 import BottleneckCbam2
 
 
@@ -60,6 +61,29 @@ def test_the_end_of_a_residual_branch(how):
         bound = 1e-4
     for one, other in zip(*found, strict=True):
         assert (one - other).norm() <= bound * other.norm().clamp(min=1e-2)
+
+
+def test_a_batch_far_from_zero_is_measured_as_torch_does():
+    """In one reading, of numbers whose squares would leave nothing of their variance."""
+    z = 1000 + torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    norms = [torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)]
+    own, torchs = normalised(norms[0], z), norms[1](z)
+    torch.testing.assert_close(own, torchs, atol=1e-3, rtol=0)
+    torch.testing.assert_close(norms[0].running_var, norms[1].running_var, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_positions_that_share_the_maximum_share_its_gradient(memory_format):
+    """In one row and in several, as with `amax` over both axes."""
+    x = torch.randint(0, 3, (2, 4, 5, 6), generator=torch.Generator().manual_seed(0)).double()
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    weights = torch.arange(1.0, 9.0, dtype=torch.float64).view(2, 4)
+    found = []
+    for average, largest in (squeezes_of(x), (x.mean((2, 3)), x.amax((2, 3)))):
+        (grad,) = torch.autograd.grad((average * weights + largest * weights.square()).sum(), x)
+        found.append((average, largest, grad))
+    for own, torchs in zip(*found):
+        torch.testing.assert_close(own, torchs)
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 keeps one tensor more: slower, not wrong")

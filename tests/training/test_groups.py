@@ -50,6 +50,8 @@ def test_the_rate_of_attention(run, small_run, quick, tmp_path):
         (timm.create_model("seresnet50"), "sgd", "all", False),
     ):
         assert attention_lr_scale(model, opt, train, pretrained) == 1.0
+    still = make_optimizer(network, {**OPTIONS, "attention_lr_scale": 0.0})  # as Python may ask
+    assert {group["lr_scale"] for group in still.param_groups} == {0.0, 1.0}
     found = []
     for more in (
         ("--no-pretrained",),

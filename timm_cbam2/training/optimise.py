@@ -101,7 +101,8 @@ def attention_lr_scale(network: nn.Module, opt: str, train: str, pretrained: boo
 
 def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """timm's groups (lr by depth; no decay for norms, biases, CBAM2), with attention in groups of its own."""
-    scale, decay = settings["attention_lr_scale"] or 1.0, settings["attention_weight_decay"]
+    scale, decay = settings["attention_lr_scale"], settings["attention_weight_decay"]
+    scale = 1.0 if scale is None else scale
     exempt = set(network.no_weight_decay() if hasattr(network, "no_weight_decay") else ())
     if decay == settings["weight_decay"]:  # as all others'
         exempt, decay = exempt - undecayed(network), None

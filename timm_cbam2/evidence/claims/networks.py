@@ -32,6 +32,7 @@ def _options(variant: dict[str, Any]) -> dict[str, Any]:
 
 def _resnet(variant: dict[str, Any], depth: int, stages: str, classes: int) -> nn.Module:
     arguments = dict(block=BasicBlock, layers=(depth,) * len(CHANNELS), channels=CHANNELS, num_classes=classes)
+    arguments["zero_init_last"] = variant.get("zero_init_last", True)
     kind = variant["attention"]
     if kind == "cbam2":
         network = CifarResNetCbam2(**arguments, cbam2=_options(variant))
@@ -100,15 +101,11 @@ def build(
         raise ValueError(f"no variant {variant!r}; give one of {', '.join(VARIANTS)}")
     make = {"resnet": _resnet, "convnext": _convnext}[family]
     torch.manual_seed(seed)
-    plain = make(VARIANTS["plain"], depth, stages, classes)
+    plain = make({**VARIANTS[variant], "attention": None}, depth, stages, classes)
     torch.manual_seed(seed + 1000)  # of attention alone
     network = make(VARIANTS[variant], depth, stages, classes)
     for block in network.modules():
         if is_cbam2(block) and "gains" in VARIANTS[variant]:
             _start_at(*VARIANTS[variant]["gains"], block)
     network.load_state_dict(plain.state_dict() if weights is None else weights, strict=False)
-    if VARIANTS[variant].get("whole_branches"):
-        for block in network.modules():
-            if isinstance(block, BasicBlock):
-                nn.init.ones_(block.bn2.weight)
     return network.to(memory_format=torch.channels_last)

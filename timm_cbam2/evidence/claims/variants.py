@@ -22,7 +22,7 @@ def _loud(about: str, recipe: dict[str, Any] | None = None, gains: Any = (1.0, 1
 
 def _whole(variant: dict[str, Any]) -> dict[str, Any]:
     """The last norm of every branch starts at 1; timm starts it at 0."""
-    return {**variant, "whole_branches": True}
+    return {**variant, "zero_init_last": False}
 
 
 SLOW, THIRD, HALF = {"attention_lr_scale": 0.1}, {"attention_lr_scale": 0.3}, {"lr": 3e-3}
@@ -56,7 +56,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quiet-center-fastest": _cbam2("the same, attention's learning rate ten times the network's", FASTEST, **LIVE),
     "quiet-center-kept": _cbam2("the same, no weight decay for the attention", KEPT, **LIVE),
     "quiet-center-third-kept": _cbam2("no decay, a third of the learning rate", {**THIRD, **KEPT}, **LIVE),
-    "quiet-center-slow-kept": _cbam2("no decay, a tenth of the learning rate", {**SLOW, **KEPT}, **LIVE),
     "quiet-center-fast-kept": _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
     "quiet-center-fastest-kept": _cbam2("and ten times the learning rate", {**FASTEST, **KEPT}, **LIVE),
     "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
@@ -64,12 +63,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "plain-whole": _whole({"attention": None, "about": "no attention, branches begin whole"}),
     "se-whole": _whole({"attention": "se", "about": "timm's squeeze-and-excitation, branches begin whole"}),
     "quiet-center-kept-whole": _whole(_cbam2("as registered, no decay, branches begin whole", KEPT, **LIVE)),
-    "quiet-center-third-kept-whole": _whole(
-        _cbam2("and a third of the learning rate", {**THIRD, **KEPT}, **LIVE),
-    ),
-    "quiet-center-fast-kept-whole": _whole(
-        _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
-    ),
+    "quiet-center-third-kept-whole": _whole(_cbam2("and a third of the learning rate", {**THIRD, **KEPT}, **LIVE)),
     # the same from full strength, as the block once started
     "maps-route": _loud("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
     "maps-live": _loud("and normalised squeezes", **MAPS_LIVE),
@@ -103,7 +97,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         spatial="center",
         quiet=True,
         **ROUTE,
-    ),  # fmt: skip
+    ),
     "t-data-center": _trial("and the spatial gate centred", channel="data", spatial="center", **ROUTE),
     # blocks that were tried for ConvNeXts, whose images must not depend on each other
     "t-layer": _trial("spatial gate centred, squeezes normalised in each image", channel="layer", spatial="center"),
