@@ -62,8 +62,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # branches that begin whole, not at zero
     "plain-whole": _whole({"attention": None, "about": "no attention, branches begin whole"}),
     "se-whole": _whole({"attention": "se", "about": "timm's squeeze-and-excitation, branches begin whole"}),
+    "eca-whole": _whole({"attention": "eca", "about": "timm's efficient channel attention, branches begin whole"}),
+    "cbam-whole": _whole({"attention": "cbam", "about": "timm's CBAM, branches begin whole"}),
     "quiet-center-kept-whole": _whole(_cbam2("as registered, no decay, branches begin whole", KEPT, **LIVE)),
     "quiet-center-third-kept-whole": _whole(_cbam2("and a third of the learning rate", {**THIRD, **KEPT}, **LIVE)),
+    "quiet-center-fast-kept-whole": _whole(_cbam2("and three times the rate", {**FAST, **KEPT}, **LIVE)),
     # the same from full strength, as the block once started
     "maps-route": _loud("and normalised routers", center_spatial=True, learned_maps=4, router_norm=True),
     "maps-live": _loud("and normalised squeezes", **MAPS_LIVE),
