@@ -36,6 +36,7 @@ def kernel(built, monkeypatch):
     for kind, direction, name in (
         (KernelBlock, "forward", "forward"),
         (KernelBlock, "backward", "backward"),
+        (KernelBlock, "inference", "infer"),
         (KernelPasses, "forward", "finish"),
         (KernelPasses, "backward", "start_backward"),
     ):
@@ -127,6 +128,38 @@ def test_norms_beside_every_other_option(training, kernel, monkeypatch):
             with torch.no_grad():
                 torch.testing.assert_close(block(x), twin(x, return_attention=True)[0], rtol=1e-9, atol=1e-10)
             torch.testing.assert_close(list(block.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_inference(memory_format, dtype, kernel, threads):
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
+    norms = dict(squeeze_norm=True, router_norm=True, center_spatial=True)
+    chosen = [{}, norms, dict(fusion="static", center=True), dict(fusion="sum", mlp_bias=True, gate="hard_sigmoid")]
+    chosen += [dict(coords=False, gate="sigmoid", **norms), dict(router_pool="moments", kernel_sizes=(3,), dilated=None)]
+    for shape, options in itertools.product(SHAPES, chosen):
+        block = randomise(Cbam2(shape[1], **{"gate": "unit_sigmoid", **options}).double()).eval()
+        x = images(shape, dtype).to(memory_format=FORMATS[memory_format])
+        expected = block(x.double(), return_attention=True)[0].detach()
+        block = block if dtype == torch.float64 else block.float()
+        for count in (1, 2):
+            threads(count)
+            with torch.no_grad():
+                assert (block(x) - expected).abs().max() <= tolerance * max(1, expected.abs().max()), (shape, options)
+    assert kernel == ["inference"] * len(SHAPES) * len(chosen) * 2
+
+
+def test_inference_of_a_merged_block_and_of_weights_laid_out_anew(kernel):
+    block, x = randomise(Cbam2(6, squeeze_norm=True, router_norm=True).double()).eval(), images((2, 6, 5, 4))
+    expected = block(x, return_attention=True)[0].detach()
+    block.channel.fc1.weight.data = block.channel.fc1.weight.data.flatten(1).t().contiguous().t()[:, :, None, None]
+    block.channel.norm.bias.data = torch.stack([block.channel.norm.bias.data] * 2, 1)[:, 0]
+    with torch.no_grad():
+        assert torch.allclose(block(x), expected, rtol=1e-12)
+        assert torch.allclose(block.to(memory_format=torch.channels_last)(x), expected, rtol=1e-12)
+        block.spatial.reparameterize()
+        assert torch.allclose(block(x), expected, rtol=1e-12)
+    assert kernel == ["inference"] * 3
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

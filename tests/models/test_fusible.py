@@ -1,12 +1,15 @@
 """Blocks that were changed from outside compute what their layers say, whoever makes the passes."""
 
 import copy
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
 from plain_path import gradients, same_as_plain
 from randomise import randomise
+from torch.nn.utils import parametrize
 
 from timm_cbam2 import Cbam2
 from timm_cbam2.kernels.cpu import cpu_kernel
@@ -73,6 +76,55 @@ def test_shared_weights(kernel):
     layers.spatial.branches[1] = layers.spatial.branches[0]
     assert same_as_plain(layers, x)
     assert not any(can_fuse(block, x) for block in (apart, shared, layers)) and can_fuse(make(), x)
+
+
+def _shares(block):
+    block.spatial.branches[1].pw.weight = block.spatial.branches[0].pw.weight
+
+
+LATER = {
+    "a hook": lambda block: block.channel.fc2.register_forward_hook(lambda module, args, out: out + 1),
+    "a pre-hook": lambda block: block.spatial.router.fc1.register_forward_pre_hook(lambda module, args: (args[0] + 1,)),
+    "a parameter's hook": lambda block: block.channel.fc1.weight.register_hook(lambda grad: grad * 2),
+    "another layer": lambda block: setattr(block.channel.router, "fc1", Adapter(block.channel.router.fc1)),
+    "shared weights": _shares,
+}
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_what_is_changed_after_a_first_call(change, kernel):
+    block, x = make(**NORMS), images()
+    assert can_fuse(block, x) and can_fuse(block, x)
+    LATER[change](block)
+    assert not can_fuse(block, x)
+    if "hook" not in change:  # those would be called twice over
+        assert same_as_plain(block, x)
+
+
+def test_weights_exchanged_after_a_first_call(kernel):
+    block, x = make(**NORMS), images()
+    before = block(x)
+    block.channel.fc1.weight = torch.nn.Parameter(block.channel.fc1.weight.detach() * 2)
+    after = block(x)
+    assert can_fuse(block, x) and same_as_plain(block, x) and not torch.allclose(after, before)
+    block.channel = copy.deepcopy(block.channel)  # a part that is as made
+    assert can_fuse(block, x) and same_as_plain(block, x) and torch.equal(block(x), after)
+    parametrize.register_parametrization(block.channel.fc1, "weight", Halved())
+    assert same_as_plain(block, x) and torch.allclose(block(x), before)
+
+
+class Halved(torch.nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def test_what_is_known_of_a_block_does_not_keep_it(kernel):
+    block = make()
+    block(images())
+    gone = weakref.ref(block)
+    del block
+    gc.collect()
+    assert gone() is None
 
 
 @pytest.mark.parametrize("options", [NORMS, dict(learned_maps=2, **NORMS)], ids=str)

@@ -33,12 +33,17 @@ def _norms(part: nn.Module) -> dict[str, nn.Module | None]:
     return {"router.norm": None if part.router is None else part.router.norm, "norm": getattr(part, "norm", None)}
 
 
-def serves(block: nn.Module, names: Sequence[str], dtype: torch.dtype) -> bool:
+def serves(block: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> bool:
     """Whether the kernel knows this block, computed in `dtype`: without learned maps, with weights that are made of
     no others and norms that keep their statistics as they usually do."""
     norms = [norm for part in (block.channel, block.spatial) for norm in _norms(part).values() if norm is not None]
     usual = all(norm.keeps_usual_statistics(dtype) for norm in norms)
-    return usual and block.spatial.learned is None and not any("parametrizations" in name for name in names)
+    return usual and block.spatial.learned is None and not _parametrised(names)
+
+
+@functools.lru_cache(64)
+def _parametrised(names: tuple[str, ...]) -> bool:
+    return any("parametrizations" in name for name in names)
 
 
 @functools.lru_cache(64)
@@ -109,6 +114,16 @@ class KernelBlock:
         found = self.kernel.block(x, *passes.norm, shortcut, end.gamma, drop, end.relu, out, *given)
         self.kept = found[SMALL:]
         return out, Small(*found[:SMALL])
+
+    def infer(self, passes: Any, parameters: Sequence[Tensor], end: End) -> Tensor:
+        """The output alone, when no path is dropped."""
+        norms = [*_norms(self.block.channel).values(), *_norms(self.block.spatial).values()]
+        if len(passes.x) > 1 and any(norm is not None and norm.training for norm in norms):
+            return self.forward(passes, parameters, end, None)[0]  # they look at the batch
+        x, out, shortcut = passes.ends(end)
+        given = self._given(x, parameters, None, passes.dtype)
+        self.kernel.infer(x, *passes.norm, shortcut, end.gamma, end.relu, out, *given)
+        return out
 
     def backward(
         self,

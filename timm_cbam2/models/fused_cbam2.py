@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .decisions_cbam2 import Measure, measured_by, measures
+from .fusible_cbam2 import Named, named_weights
 from .parts_cbam2 import no_autocast
 from .passes_cbam2 import Affine, End, Small, passes_for
 from .small_networks_cbam2 import networks_for
@@ -203,11 +204,10 @@ def needs_gradient(block: nn.Module, *inputs: Optional[torch.Tensor]) -> bool:
     )
 
 
-def _named(block: nn.Module) -> Tuple[Tuple[str, ...], Tuple[torch.Tensor, ...], int]:
-    """Names and parameters of the channel part, then of the spatial part, and how many are the first's."""
-    channel = list(block.channel.named_parameters())
-    names, parameters = zip(*channel, *block.spatial.named_parameters())
-    return names, parameters, len(channel)
+def _named(block: nn.Module) -> Named:
+    named = named_weights(block)
+    assert named is not None  # `can_fuse` was asked
+    return named
 
 
 def fused(
@@ -248,5 +248,8 @@ def fused_without_grad(
     with torch.no_grad(), no_autocast(x):
         passes = passes_for(x, affine, owned, learned=block.spatial.learned is not None)
         names, parameters, count = ((), (), 0) if passes.kernel is None else _named(block)
+        whole = passes.whole(block, names, count)
+        if whole is not None:
+            return whole.infer(passes, parameters, end)
         call = _Call(block, names=names, channel_parameters=count)
         return _forward(call, passes, end, parameters, with_grad=False)[0]

@@ -1,7 +1,8 @@
 """Which calls of a CBAM2 block the fused paths serve: those that compute nothing that only somebody else knows of."""
 
 import functools
-from typing import List
+import weakref
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,7 +14,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from .decisions_cbam2 import DecisionNorm
 from .parts_cbam2 import has_hooks
 
-__all__ = ["can_fuse"]
+__all__ = ["can_fuse", "named_weights"]
+
+Named = Tuple[Tuple[str, ...], Tuple[torch.Tensor, ...], int]
 
 
 def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
@@ -28,8 +31,66 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
         and not _has_any_global_hook()
         and forward_ad._current_level < 0
-        and _is_as_made(list(block.modules()))
+        and named_weights(block) is not None
     )
+
+
+def named_weights(block: nn.Module) -> Optional[Named]:
+    """Names and parameters of a block's channel part, then of its spatial part, and how many are the first's; None
+    unless the block is as it was made."""
+    known = _known.get(block)
+    parameters = None if known is None else known.parameters(block)
+    if known is None or parameters is None:
+        if not _is_as_made(list(block.modules())):
+            return None
+        known = _known[block] = _Structure(block)
+        parameters = [p for part in (block.channel, block.spatial) for p in part.parameters()]
+    return known.names, tuple(parameters), known.count
+
+
+class _Structure:
+    """A block that was found to be as it was made: looking whether it still is takes a fifth of the time of finding
+    out, which every call would need."""
+
+    def __init__(self, block: nn.Module) -> None:
+        channel = [name for name, _ in block.channel.named_parameters()]
+        self.names = (*channel, *(name for name, _ in block.spatial.named_parameters()))
+        self.count = len(channel)
+        self.top = tuple(block._modules.values())
+        # Not the block itself, which would then live as long as what is known of it: for ever.
+        self.inner = [
+            (m, m.__dict__, type(m), tuple(m._modules.values()), tuple(m._parameters), isinstance(m, _BatchNorm))
+            for m in (*block.channel.modules(), *block.spatial.modules())
+        ]
+        self.ids = [id(p) for part in (block.channel, block.spatial) for p in part.parameters()]
+
+    def parameters(self, block: nn.Module) -> Optional[List[torch.Tensor]]:
+        """Those of today, if nothing else has changed."""
+        if tuple(block._modules.values()) != self.top or block._parameters:
+            return None
+        found: List[torch.Tensor] = []
+        for module, own, kind, children, keys, is_norm in self.inner:
+            weights = own["_parameters"]
+            if (
+                type(module) is not kind
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+                or tuple(own["_modules"].values()) != children
+                or tuple(weights) != keys
+                or (is_norm and own["_buffers"].get("running_mean") is None)
+            ):
+                return None
+            for p in weights.values():
+                if p is not None:
+                    if p._backward_hooks:
+                        return None
+                    found.append(p)
+        return found if list(map(id, found)) == self.ids else None
+
+
+_known: "weakref.WeakKeyDictionary[nn.Module, _Structure]" = weakref.WeakKeyDictionary()
 
 
 def _is_as_made(modules: List[nn.Module]) -> bool:

@@ -2,7 +2,7 @@
 
 #include <torch/library.h>
 
-#include "block.h"
+#include "inference.h"
 
 TORCH_LIBRARY(timm_cbam2_cpu, m) {
   m.def("squeeze(Tensor z, Tensor? scale, Tensor? shift) -> Tensor", &squeeze);
@@ -23,6 +23,11 @@ TORCH_LIBRARY(timm_cbam2_cpu, m) {
       "Tensor(a!) out, Tensor?[] weights_c, Tensor?[] weights_s, Tensor?[] running_c, Tensor?[] running_s, "
       "int[] numbers, float[] reals, int[] shapes, Tensor[] windows) -> Tensor[]",
       &block);
+  m.def(
+      "infer(Tensor z, Tensor? scale, Tensor? shift, Tensor? shortcut, Tensor? gamma, bool relu, Tensor(a!) out, "
+      "Tensor?[] weights_c, Tensor?[] weights_s, Tensor?[] running_c, Tensor?[] running_s, int[] numbers, float[] reals, "
+      "int[] shapes, Tensor[] windows) -> ()",
+      &infer);
   m.def(
       "block_backward(Tensor g, Tensor? out, Tensor z, Tensor?[] norm, Tensor? gamma, Tensor? drop, Tensor[] small, "
       "bool needed, Tensor?[] weights_c, Tensor?[] weights_s, Tensor?[] running_c, Tensor?[] running_s, int[] numbers, "

@@ -154,6 +154,16 @@ void reduce(const Shape& s, const Input<T>& x, const acc_t<T>* ca, const std::ve
   }
 }
 
+// The average and the maximum over channels of x·ca of one sample, all of it by one thread: out (2, H·W).
+template <typename T, bool channel_is_inner, bool normed>
+void reduce_sample(const Shape& s, const Input<T>& x, const acc_t<T>* ca, int64_t b, acc_t<T>* out) {
+  const int64_t places = channel_is_inner ? s.outer : s.inner, channels = channel_is_inner ? s.inner : s.outer;
+  const Reduced<acc_t<T>> to{out, out + places, nullptr, 0};
+  if constexpr (channel_is_inner) reduce_rows<T, channel_is_inner, normed, true>(s, x, ca, {}, b, 0, to);
+  else reduce_columns<T, channel_is_inner, normed, true>(s, x, ca, {}, b, 0, to);
+  for (int64_t i = 0; i < places; ++i) out[i] /= channels;
+}
+
 // What one call of `finish` reads and writes.
 template <typename T>
 struct Finish {
@@ -166,33 +176,38 @@ struct Finish {
   T* out;
 };
 
-// act(shortcut + γ·x·ca·sa), each product rounded as a step of its own.
+// act(shortcut + γ·x·ca·sa), each product rounded as a step of its own, of one part of a sample.
 template <typename T, bool channel_is_inner, bool normed, bool has_gamma, bool has_shortcut>
-void finish(const Finish<T>& f) {
+void finish_part(const Finish<T>& f, int64_t b, int64_t part) {
   using A = acc_t<T>;
   const int64_t n = f.s.inner, channels = channel_is_inner ? n : f.s.outer, places = channel_is_inner ? f.s.outer : n;
   const A lowest = f.relu ? A(0) : -std::numeric_limits<A>::infinity();
-  for_parts(f.s, [&](int64_t b, int64_t part) {
-    const A *ca = f.ca + b * channels, *sa = f.sa + b * places;
-    for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
-      const int64_t at = (b * f.s.outer + o) * n;
-      const T *row = f.x.z + at, *added = has_shortcut ? f.shortcut + at : nullptr;
-      T* to = f.out + at;
-      const A scale = normed && !channel_is_inner ? f.x.scale[o] : A(1);
-      const A shift = normed && !channel_is_inner ? f.x.shift[o] : A(0);
-      const A gamma = has_gamma && !channel_is_inner ? f.gamma[o] : A(1);
-      const A mask = channel_is_inner ? sa[o] : ca[o];
+  const A *ca = f.ca + b * channels, *sa = f.sa + b * places;
+  for (int64_t o = f.s.first(part); o < f.s.first(part + 1); ++o) {
+    const int64_t at = (b * f.s.outer + o) * n;
+    const T *row = f.x.z + at, *added = has_shortcut ? f.shortcut + at : nullptr;
+    T* to = f.out + at;
+    const A scale = normed && !channel_is_inner ? f.x.scale[o] : A(1);
+    const A shift = normed && !channel_is_inner ? f.x.shift[o] : A(0);
+    const A gamma = has_gamma && !channel_is_inner ? f.gamma[o] : A(1);
+    const A mask = channel_is_inner ? sa[o] : ca[o];
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) {
-        A v = value_of<T, normed>(row[i], channel_is_inner && normed ? f.x.scale[i] : scale,
-                                  channel_is_inner && normed ? f.x.shift[i] : shift);
-        v *= channel_is_inner ? ca[i] : mask;
-        if (has_gamma) v = rounded<T>(v * (channel_is_inner ? f.gamma[i] : gamma));
-        v *= channel_is_inner ? mask : sa[i];
-        if (has_shortcut) v = rounded<T>(v) + static_cast<A>(added[i]);
-        store(to + i, v < lowest ? lowest : v);
-      }
+    for (int64_t i = 0; i < n; ++i) {
+      A v = value_of<T, normed>(row[i], channel_is_inner && normed ? f.x.scale[i] : scale,
+                                channel_is_inner && normed ? f.x.shift[i] : shift);
+      v *= channel_is_inner ? ca[i] : mask;
+      if (has_gamma) v = rounded<T>(v * (channel_is_inner ? f.gamma[i] : gamma));
+      v *= channel_is_inner ? mask : sa[i];
+      if (has_shortcut) v = rounded<T>(v) + static_cast<A>(added[i]);
+      store(to + i, v < lowest ? lowest : v);
     }
+  }
+}
+
+template <typename T, bool channel_is_inner, bool normed, bool has_gamma, bool has_shortcut>
+void finish(const Finish<T>& f) {
+  for_parts(f.s, [&](int64_t b, int64_t part) {
+    finish_part<T, channel_is_inner, normed, has_gamma, has_shortcut>(f, b, part);
   });
 }
 

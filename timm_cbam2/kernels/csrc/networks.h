@@ -39,7 +39,7 @@ struct Masking {
 class Weights {
  public:
   Weights(const Optionals& given, at::ScalarType type) {
-    for (const Optional& t : given.vec()) all_.push_back(t ? t->to(type) : Tensor());
+    for (const Optional& t : given.vec()) all_.push_back(t ? t->to(type).contiguous() : Tensor());
   }
   bool has(size_t at) const { return all_[at].defined(); }
   const Tensor& operator[](size_t at) const { return all_[at]; }

@@ -32,12 +32,12 @@ struct Branches {
 
 // All branches as dense kernels (K, S, f, f).
 Tensor dense_kernels(const Weights& w, const Branches& branches, int64_t maps) {
-  if (!branches.count()) return w[first_branch].contiguous();
+  if (!branches.count()) return w[first_branch];
   const int64_t area = branches.taps * branches.taps;
   Tensor kernels = at::zeros({branches.count(), maps, branches.taps, branches.taps}, w[first_branch].options());
   AT_DISPATCH_FLOATING_TYPES(kernels.scalar_type(), "cbam2", [&] {
     for (int64_t k = 0; k < branches.count(); ++k) {
-      const Tensor dw = w[first_branch + 2 * k].contiguous(), pw = w[first_branch + 2 * k + 1].contiguous();
+      const Tensor &dw = w[first_branch + 2 * k], &pw = w[first_branch + 2 * k + 1];
       const int64_t own = branches.size(k) * branches.size(k);
       for (int64_t s = 0; s < maps; ++s) {
         auto* to = kernels.data_ptr<scalar_t>() + (k * maps + s) * area;
@@ -59,7 +59,7 @@ void dense_kernels_backward(const Weights& w, const Branches& branches, const Te
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "cbam2", [&] {
     for (int64_t k = 0; k < branches.count(); ++k) {
       const size_t at = first_branch + 2 * k;
-      const Tensor dw = w[at].contiguous(), pw = w[at + 1].contiguous();
+      const Tensor &dw = w[at], &pw = w[at + 1];
       grads[at] = at::empty(dw.sizes(), dw.options()), grads[at + 1] = at::empty(pw.sizes(), pw.options());
       const int64_t own = branches.size(k) * branches.size(k);
       for (int64_t s = 0; s < maps; ++s) {
