@@ -36,7 +36,7 @@ def kernel(built, monkeypatch):
     for kind, direction, name in (
         (KernelBlock, "forward", "forward"),
         (KernelBlock, "backward", "backward"),
-        (KernelBlock, "inference", "infer"),
+        (KernelPasses, "inference", "infer"),
         (KernelPasses, "forward", "finish"),
         (KernelPasses, "backward", "start_backward"),
     ):
@@ -136,7 +136,10 @@ def test_inference(memory_format, dtype, kernel, threads):
     tolerance = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 0.01, torch.bfloat16: 0.05}[dtype]
     norms = dict(squeeze_norm=True, router_norm=True, center_spatial=True)
     chosen = [{}, norms, dict(fusion="static", center=True), dict(fusion="sum", mlp_bias=True, gate="hard_sigmoid")]
-    chosen += [dict(coords=False, gate="sigmoid", **norms), dict(router_pool="moments", kernel_sizes=(3,), dilated=None)]
+    chosen += [
+        dict(coords=False, gate="sigmoid", **norms),
+        dict(router_pool="moments", kernel_sizes=(3,), dilated=None),
+    ]
     for shape, options in itertools.product(SHAPES, chosen):
         block = randomise(Cbam2(shape[1], **{"gate": "unit_sigmoid", **options}).double()).eval()
         x = images(shape, dtype).to(memory_format=FORMATS[memory_format])
@@ -160,6 +163,41 @@ def test_inference_of_a_merged_block_and_of_weights_laid_out_anew(kernel):
         block.spatial.reparameterize()
         assert torch.allclose(block(x), expected, rtol=1e-12)
     assert kernel == ["inference"] * 3
+
+
+def test_what_is_kept_for_inference_follows_every_change(kernel):
+    norms = dict(squeeze_norm=True, router_norm=True, center_spatial=True)
+    block, other = (randomise(Cbam2(6, temperature=2.0, learnable_temperature=False, **norms)).eval() for _ in range(2))
+    randomise(other, seed=1)
+
+    def same(x):
+        with torch.no_grad():
+            expected = block(x, return_attention=True)[0]
+            return torch.allclose(block(x), expected, rtol=1e-5, atol=1e-6)
+
+    x = images((2, 6, 5, 4), torch.float32)
+    assert same(x) and same(images((3, 6, 4, 7), torch.float32)) and same(x)
+    block.load_state_dict(other.state_dict())
+    assert same(x)
+    block.channel.norm.running_mean = block.channel.norm.running_mean + 1
+    assert same(x)
+    block.spatial.temperature.value = block.spatial.temperature.value * 3
+    assert same(x)
+    block.channel.fc2.weight = torch.nn.Parameter(block.channel.fc2.weight * 2)
+    assert same(x)
+    block.double()
+    assert same(x.double())
+    block.float()
+    assert same(x)
+    block.channel.gate = "sigmoid"
+    assert same(x)
+    block.train()
+    assert same(x)
+    block.channel.norm.eval()
+    assert same(x) and same(x[:1])
+    with torch.inference_mode():
+        assert same(x)
+    assert same(x)
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

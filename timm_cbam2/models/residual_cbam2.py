@@ -46,17 +46,16 @@ def _is_bare(module: Optional[nn.Module], *kinds: type) -> bool:
 def _constants(
     channels: int, dtype: torch.dtype, device: torch.device, inference: bool
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    zeros = torch.zeros(1, channels, 1, 1, dtype=dtype, device=device)
-    return zeros, zeros + 1
+    zeros = torch.zeros(channels, dtype=dtype, device=device)
+    return zeros, torch.ones(1, channels, 1, 1, dtype=dtype, device=device)
 
 
 def eval_affine(norm: nn.Module) -> Affine:
-    """What a BatchNorm in evaluation multiplies by and adds, bit for bit: asked of torch's own with ones and zeros."""
-    weight, bias, mean, variance = norm.weight, norm.bias, norm.running_mean, norm.running_var
+    """What a BatchNorm in evaluation multiplies by, asked of torch's own with ones, and adds, rounded as it does."""
+    weight, own = norm._parameters["weight"], norm._buffers
     zeros, ones = _constants(len(weight), weight.dtype, weight.device, torch.is_inference_mode_enabled())
-    scale = torch.batch_norm(ones, weight, None, zeros.view(-1), variance, False, 0.0, norm.eps, False)
-    shift = torch.batch_norm(zeros, weight, bias, mean, variance, False, 0.0, norm.eps, False)
-    return Affine(scale.view(-1), shift.view(-1))
+    scale = torch.batch_norm(ones, weight, None, zeros, own["running_var"], False, 0.0, norm.eps, False).view(-1)
+    return Affine(scale, torch.addcmul(norm._parameters["bias"], own["running_mean"], scale, value=-1))
 
 
 @functools.lru_cache(8)
