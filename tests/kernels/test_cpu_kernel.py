@@ -189,7 +189,7 @@ def test_what_is_kept_for_inference_follows_every_change(kernel):
     assert same(x.double())
     block.float()
     assert same(x)
-    block.channel.gate = "sigmoid"
+    block.channel.gate = "hard_sigmoid"
     assert same(x)
     block.train()
     assert same(x)
