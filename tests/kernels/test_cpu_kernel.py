@@ -15,6 +15,7 @@ from reference import reference
 from timm_cbam2 import Cbam2, disable_cpu_kernel, enable_cpu_kernel, resolve_options
 from timm_cbam2.kernels.cpu_block import KernelBlock
 from timm_cbam2.kernels.cpu_passes import KernelPasses
+from timm_cbam2.models.decisions_cbam2 import DecisionNorm
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -36,7 +37,7 @@ def kernel(built, monkeypatch):
     for kind, direction, name in (
         (KernelBlock, "forward", "forward"),
         (KernelBlock, "backward", "backward"),
-        (KernelPasses, "inference", "infer"),
+        (KernelBlock, "inference", "infer"),
         (KernelPasses, "forward", "finish"),
         (KernelPasses, "backward", "start_backward"),
     ):
@@ -165,7 +166,7 @@ def test_inference_of_a_merged_block_and_of_weights_laid_out_anew(kernel):
     assert kernel == ["inference"] * 3
 
 
-def test_what_is_kept_for_inference_follows_every_change(kernel):
+def test_inference_follows_every_change(kernel):
     norms = dict(squeeze_norm=True, router_norm=True, center_spatial=True)
     block, other = (randomise(Cbam2(6, temperature=2.0, learnable_temperature=False, **norms)).eval() for _ in range(2))
     randomise(other, seed=1)
@@ -198,6 +199,36 @@ def test_what_is_kept_for_inference_follows_every_change(kernel):
     with torch.inference_mode():
         assert same(x)
     assert same(x)
+
+
+@pytest.mark.parametrize("center", [{"center": True}, {"center_spatial": True}], ids=str)
+def test_large_maps_that_differ_by_little(center, kernel):
+    block, x = randomise(Cbam2(2, temperature=0.1, **center)).eval(), images((1, 2, 512, 512), torch.float32) / 10 + 3
+    exact = copy.deepcopy(block).double()
+    with torch.no_grad():
+        assert (block(x) - exact(x.double(), return_attention=True)[0]).abs().max() <= 2e-6
+    assert kernel == ["inference"]
+
+
+MALFORMED = {
+    "router.fc1": lambda block: setattr(
+        block.spatial.router.fc1, "weight", torch.nn.Parameter(torch.ones(16, 4000, 1, 1))
+    ),
+    "router.fc2": lambda block: setattr(
+        block.spatial.router.fc2, "weight", torch.nn.Parameter(torch.ones(1, 16, 1, 1))
+    ),
+    "norm": lambda block: setattr(block.channel.router, "norm", DecisionNorm(400).eval()),
+    "statistics": lambda block: setattr(block.channel.norm, "running_mean", torch.zeros(1)),
+    "fc2": lambda block: setattr(block.channel.fc2, "weight", torch.nn.Parameter(torch.ones(3, 8, 1, 1))),
+}
+
+
+@pytest.mark.parametrize("layer", MALFORMED)
+def test_layers_that_do_not_fit_are_errors(layer, kernel):
+    block = Cbam2(6, router_channels=16, rd_channels=8, squeeze_norm=True, router_norm=True).eval()
+    MALFORMED[layer](block)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="does not fit|must match|expand"):
+        block(images((2, 6, 5, 4), torch.float32))
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)

@@ -113,14 +113,45 @@ def test_weights_exchanged_after_a_first_call(kernel):
     assert same_as_plain(block, x) and torch.allclose(block(x), before)
 
 
+@pytest.mark.parametrize("layer", ["channel.fc1", "channel.fc2", "spatial.router.fc2", "spatial.branches.1.dw"])
+def test_parametrized_after_a_first_call_without_gradients(layer, kernel):
+    block, x = make(**NORMS).eval(), images()
+    with torch.no_grad():
+        before = block(x)
+        torch.nn.utils.parametrizations.spectral_norm(block.get_submodule(layer))
+        block.eval()  # what it adds begins in training
+        expected = block(x, return_attention=True)[0]
+        assert torch.allclose(block(x), expected, rtol=1e-9) and not torch.allclose(expected, before)
+
+
 class Halved(torch.nn.Module):
     def forward(self, weight):
         return weight / 2
 
 
-def test_what_is_known_of_a_block_does_not_keep_it(kernel):
+class Watcher:
+    def __init__(self, of):
+        self.of = of
+
+    def __call__(self, module, args, out):
+        return None
+
+
+KEPT_BY = {
+    "nothing": lambda block: None,
+    "a hook": lambda block: block.channel.fc2.register_forward_hook(Watcher(block)),
+    "a layer": lambda block: setattr(block.channel.fc2, "seen_by", Watcher(block)),
+    "a weight": lambda block: setattr(block.channel.fc2.weight, "seen_by", Watcher(block)),
+}
+
+
+@pytest.mark.parametrize("holder", KEPT_BY)
+def test_what_is_known_of_a_block_does_not_keep_it(holder, kernel):
     block = make()
     block(images())
+    with torch.no_grad():
+        block(images())
+    KEPT_BY[holder](block)
     gone = weakref.ref(block)
     del block
     gc.collect()

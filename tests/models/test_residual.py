@@ -198,6 +198,18 @@ def test_what_batchnorm_is_told_not_to_do_it_does_not(ends):
     assert ends
 
 
+def test_statistics_that_are_weights_or_bare_tensors():
+    """As adaptation while testing makes them."""
+    model = make("resnet20").eval()
+    for norm in [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]:
+        mean, var = norm.running_mean, norm.running_var
+        del norm.running_mean, norm.running_var
+        norm.running_mean, norm.running_var = torch.nn.Parameter(mean), var
+    x = images(size=32, batch=2)
+    with torch.no_grad():
+        assert torch.allclose(model(x), one_by_one(model)(x), rtol=1e-9, atol=1e-9)
+
+
 def test_weights_that_change_between_two_passes_are_seen():
     """What evaluation keeps of the weights is made anew, however they were written."""
     model = make("resnet20").eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -11,10 +10,9 @@ from torch import Tensor, nn
 
 from ..models.decisions_cbam2 import Measure
 from ..models.dense_cbam2 import branch_shapes, kept_windows
-from ..models.fusible_cbam2 import Named
 from ..models.passes_cbam2 import End, Small
 
-__all__ = ["KernelBlock", "kept_for_inference", "serves"]
+__all__ = ["KernelBlock", "serves"]
 
 GATES = ("sigmoid", "unit_sigmoid", "hard_sigmoid")  # by their number in the kernel
 ROUTER = ("router.fc1.weight", "router.fc1.bias", "router.fc2.weight", "router.fc2.bias")
@@ -25,7 +23,6 @@ CHANNEL = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", *ROUTER, "fusion_
 CHANNEL += ("norm.weight", "norm.bias")
 SPATIAL = (*ROUTER, TEMPERATURE)
 SMALL = len(Small._fields)  # what the kernel keeps follows these
-NUMBERS, BY_BATCH = 5, (3, 4)  # of a part, and which of them say that a norm looks at the batch
 
 Found = Mapping[str, Measure]
 Slots = tuple[int | None, ...]
@@ -36,33 +33,14 @@ def _norms(part: nn.Module) -> dict[str, nn.Module | None]:
     return {"router.norm": None if part.router is None else part.router.norm, "norm": getattr(part, "norm", None)}
 
 
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Any, tuple | None]] = weakref.WeakKeyDictionary()
-
-
-def kept_for_inference(kernel: Any, block: nn.Module, named: Named, x: Tensor, dtype: torch.dtype) -> tuple | None:
-    """What the kernel is given of a block for an output alone, kept while its tensors and the size of x stay what they
-    are; None for what it does not serve. Looking a block's parts up takes as long as computing some of them."""
-    names, parameters, count = named
-    norms = [norm for part in (block.channel, block.spatial) for norm in _norms(part).values() if norm is not None]
-    parts = [(part.gate, part.center, part.temperature.learnable) for part in (block.channel, block.spatial)]
-    state = [(id(n.running_mean), id(n.running_var), n.eps, n.training, n.track_running_stats) for n in norms]
-    fixed = [part.temperature._buffers.get("value") for part in (block.channel, block.spatial)]
-    own = [*map(id, parameters), *map(id, fixed)]
-    key = own, parts, state, x.shape[2:], len(x) > 1, dtype, torch.is_inference_mode_enabled()
-    found = _kept.get(block)
-    if found is None or found[0] != key:
-        served = serves(block, names, dtype)
-        given = KernelBlock(kernel, block, names, count).inference(x, parameters, dtype) if served else None
-        held = parameters, fixed, [(norm.running_mean, norm.running_var) for norm in norms]  # no other gets their id
-        found = _kept[block] = key, held, given
-    return found[2]
+def _all_norms(block: nn.Module) -> list[nn.Module]:
+    return [norm for part in (block.channel, block.spatial) for norm in _norms(part).values() if norm is not None]
 
 
 def serves(block: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> bool:
     """Whether the kernel knows this block, computed in `dtype`: without learned maps, with weights that are made of
     no others and norms that keep their statistics as they usually do."""
-    norms = [norm for part in (block.channel, block.spatial) for norm in _norms(part).values() if norm is not None]
-    usual = all(norm.keeps_usual_statistics(dtype) for norm in norms)
+    usual = all(norm.keeps_usual_statistics(dtype) for norm in _all_norms(block))
     return usual and block.spatial.learned is None and not _parametrised(names)
 
 
@@ -132,12 +110,15 @@ class KernelBlock:
             list(windows),
         )
 
-    def inference(self, x: Tensor, parameters: Sequence[Tensor], dtype: torch.dtype) -> tuple | None:
-        """What the kernel is given of the block for an output alone; None while one of its norms looks at the batch."""
-        given = self._given(x, parameters, None, dtype)
-        numbers = given[4]
-        by_batch = any(numbers[part * NUMBERS + at] for part in (0, 1) for at in BY_BATCH)
-        return None if by_batch else given
+    def infer(self, passes: Any, parameters: Sequence[Tensor], end: End) -> Tensor:
+        """The output alone, when no path is dropped."""
+        x, out, shortcut = passes.ends(end)
+        given = self._given(x, parameters, None, passes.dtype)
+        if len(x) > 1 and any(norm.training for norm in _all_norms(self.block)):  # they look at the batch
+            self.kernel.block(x, *passes.norm, shortcut, end.gamma, None, end.relu, out, *given)
+        else:
+            self.kernel.infer(x, *passes.norm, shortcut, end.gamma, end.relu, out, *given)
+        return out
 
     def forward(self, passes: Any, parameters: Sequence[Tensor], end: End, drop: Tensor | None) -> tuple[Tensor, Small]:
         """The output for the x of `passes`, and the small tensors."""

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.fusible_cbam2 import Named
 from ..models.parts_cbam2 import compute_dtype
 from ..models.passes_cbam2 import Affine, End, Small
-from .cpu_block import KernelBlock, kept_for_inference, serves
+from .cpu_block import KernelBlock, serves
 
 __all__ = ["KernelPasses", "is_dense"]
 
@@ -37,15 +36,6 @@ class KernelPasses:
     def whole(self, block: nn.Module, names: tuple[str, ...], count: int) -> KernelBlock | None:
         """Who does all of the block at once, unless torch must do some of it."""
         return KernelBlock(self.kernel, block, names, count) if serves(block, names, self.dtype) else None
-
-    def infer(self, block: nn.Module, named: Named, end: End) -> Tensor | None:
-        """The output of the block and nothing else, where the kernel does all of it."""
-        given = kept_for_inference(self.kernel, block, named, self.x, self.dtype)
-        if given is None:
-            return None
-        x, out, shortcut = self.ends(end)
-        self.kernel.infer(x, *self.norm, shortcut, end.gamma, end.relu, out, *given)
-        return out
 
     def laid_out(self, t: Tensor) -> Tensor:
         """As x lies in memory."""

@@ -247,12 +247,9 @@ def fused_without_grad(
     """
     with torch.no_grad(), no_autocast(x):
         passes = passes_for(x, affine, owned, learned=block.spatial.learned is not None)
-        named: Named = ((), (), 0)
-        if passes.kernel is not None:
-            named = _named(block)
-            out = passes.infer(block, named, end)
-            if out is not None:
-                return out
-        names, parameters, count = named
+        names, parameters, count = ((), (), 0) if passes.kernel is None else _named(block)
+        whole = passes.whole(block, names, count)
+        if whole is not None:
+            return whole.infer(passes, parameters, end)
         call = _Call(block, names=names, channel_parameters=count)
         return _forward(call, passes, end, parameters, with_grad=False)[0]

@@ -92,13 +92,14 @@ def _rounds_as_norm(z: torch.Tensor) -> bool:
 
 def _folds(norm: nn.Module, z: torch.Tensor) -> bool:
     """Whether the fused passes may do what this BatchNorm does."""
-    own = norm._parameters
+    own, kept = norm._parameters, norm._buffers
     return (
         own.get("weight") is not None
         and own.get("bias") is not None
         and not (own["weight"]._backward_hooks or own["bias"]._backward_hooks)
-        and norm.running_mean is not None
-        and own["weight"].dtype == norm.running_mean.dtype == compute_dtype(z)
+        and kept.get("running_mean") is not None
+        and kept.get("running_var") is not None
+        and own["weight"].dtype == kept["running_mean"].dtype == compute_dtype(z)
         and _rounds_as_norm(z)
     )
 

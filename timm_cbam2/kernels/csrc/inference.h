@@ -9,16 +9,33 @@
 
 namespace {
 
-// What a BatchNorm by running statistics multiplies by and adds; nothing without one.
+void check_count(const Tensor& t, int64_t count) {
+  TORCH_CHECK(t.is_cpu() && t.numel() == count, "cbam2: a layer of the block does not fit those around it");
+}
+
+// The mean of x (n,), by sums of few numbers: what is small is not lost in what is large.
+template <typename A>
+A mean_of(const A* x, int64_t n) {
+  double total = 0;
+  for (int64_t first = 0; first < n; first += 1024) {
+    A sums[lanes] = {};
+    in_lanes(std::min<int64_t>(1024, n - first), [&](int64_t i, int64_t l) { sums[l] += x[first + i]; });
+    total += sum_of(sums);
+  }
+  return static_cast<A>(total / n);
+}
+
+// What a BatchNorm of n numbers by running statistics multiplies by and adds; nothing without one.
 template <typename A>
 struct Scaling {
   std::vector<A> scale, shift;
 
-  Scaling(const Weights& w, size_t at, const Measure& by) {
+  Scaling(const Weights& w, size_t at, const Measure& by, int64_t n) {
     if (!w.has(at)) return;
-    const int64_t n = w[at].numel();
+    TORCH_CHECK(by.mean && by.variance, "cbam2: a norm has no statistics to measure by");
     const auto type = w[at].scalar_type();
     const Tensor mean = by.mean->to(type).contiguous(), variance = by.variance->to(type).contiguous();
+    for (const Tensor& t : {w[at], w[at + 1], mean, variance}) check_count(t, n);
     const A *weight = w[at].template const_data_ptr<A>(), *bias = w[at + 1].template const_data_ptr<A>();
     const A *m = mean.template const_data_ptr<A>(), *v = variance.template const_data_ptr<A>();
     scale.resize(n), shift.resize(n);
@@ -32,17 +49,25 @@ struct Scaling {
   }
 };
 
-// Numbers (n,) through a layer.
+// Numbers (n,) through a layer, the `at`th, whose bias is the next.
 template <typename A>
-void dense_row(const Tensor& weight, const Tensor& bias, const A* x, std::vector<A>& to) {
-  const int64_t out = weight.size(0), n = weight.numel() / out;  // (out, n, 1, 1)
-  const A* w = weight.const_data_ptr<A>();
-  to.resize(out);
+void dense_row(const Weights& w, size_t at, const A* x, int64_t n, std::vector<A>& to) {
+  const int64_t out = w[at].size(0);
+  const A* weight = w[at].template const_data_ptr<A>();
   for (int64_t o = 0; o < out; ++o) {
-    A total = bias.defined() ? bias.const_data_ptr<A>()[o] : A(0);
-    for (int64_t i = 0; i < n; ++i) total += w[o * n + i] * x[i];
+    A total = w.has(at + 1) ? w[at + 1].template const_data_ptr<A>()[o] : A(0);
+    for (int64_t i = 0; i < n; ++i) total += weight[o * n + i] * x[i];
     to[o] = total;
   }
+}
+
+// Numbers of a router's layers: what it sees, hidden ones, choices.
+int64_t hidden_of(const Weights& w, size_t at, int64_t seen, int64_t choices) {
+  const int64_t hidden = w[at].size(0);
+  check_count(w[at], hidden * seen), check_count(w[at + 2], choices * hidden);
+  if (w.has(at + 1)) check_count(w[at + 1], hidden);
+  if (w.has(at + 3)) check_count(w[at + 3], choices);
+  return hidden;
 }
 
 template <typename A>
@@ -57,7 +82,7 @@ void softmax(std::vector<A>& x) {
 template <typename A>
 void choose(const Weights& w, size_t at, const Scaling<A>& norm, A* hidden, int64_t n, std::vector<A>& mix) {
   for (int64_t i = 0; i < n; ++i) hidden[i] = hidden[i] < 0 ? A(0) : hidden[i];
-  dense_row(w[at + 2], w.has(at + 3) ? w[at + 3] : Tensor(), hidden, mix);
+  dense_row(w, at + 2, hidden, n, mix);
   norm.apply(mix.data());
   softmax(mix);
 }
@@ -65,7 +90,7 @@ void choose(const Weights& w, size_t at, const Scaling<A>& norm, A* hidden, int6
 // Logits (n,) to the mask, in place.
 template <typename A>
 void gate_row(A* z, int64_t n, A temperature, const Masking& m) {
-  const A mean = m.center ? std::accumulate(z, z + n, A(0)) / n : A(0);
+  const A mean = m.center ? mean_of(z, n) : A(0);
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) z[i] = (z[i] - mean) / temperature;
   Tensor row = at::from_blob(z, {n}, at::TensorOptions().dtype(c10::CppTypeToScalarType<A>::value));
@@ -79,31 +104,30 @@ void gate_row(A* z, int64_t n, A temperature, const Masking& m) {
 template <typename A>
 Tensor channel_mask(const Tensor& squeezes, const Weights& w, const Part& by) {
   const int64_t batch = squeezes.size(0), channels = squeezes.size(2);
-  const Scaling<A> norm(w, squeezes_norm, by.squeezes), router_norm(w, fusion_norm, by.router);
+  const Scaling<A> norm(w, squeezes_norm, by.squeezes, 2 * channels), router_norm(w, fusion_norm, by.router, 2);
   A* seen = squeezes.data_ptr<A>();
   for (int64_t b = 0; b < batch; ++b) norm.apply(seen + b * 2 * channels);
   const Tensor hidden = dense(w, fc1, squeezes.view({2 * batch, channels}));  // (2B, R)
   const bool routed = w.has(fusion), sum = ChannelPass::is_sum(w);
   const Tensor of_router = routed ? dense(w, fusion, squeezes.view({batch, 2 * channels})) : Tensor();
-  const int64_t reduced = hidden.size(1);
+  const int64_t reduced = hidden.size(1), n = routed ? hidden_of(w, fusion, 2 * channels, 2) : 0;
   Tensor mixed = at::empty({batch, reduced}, hidden.options());
   std::vector<A> mix(2, A(1));
   if (!routed && !sum) {
+    check_count(w[logits_of_mix], 2);
     const A* logits = w[logits_of_mix].template const_data_ptr<A>();
     mix.assign(logits, logits + 2);
     softmax(mix);
   }
   for (int64_t b = 0; b < batch; ++b) {
-    if (routed) {
-      const int64_t n = of_router.size(1);
-      choose(w, fusion, router_norm, of_router.data_ptr<A>() + b * n, n, mix);
-    }
+    if (routed) choose(w, fusion, router_norm, of_router.data_ptr<A>() + b * n, n, mix);
     const A *avg = hidden.const_data_ptr<A>() + 2 * b * reduced, *max = avg + reduced;
     A* to = mixed.data_ptr<A>() + b * reduced;
     for (int64_t i = 0; i < reduced; ++i)
       to[i] = mix[0] * (avg[i] < 0 ? A(0) : avg[i]) + mix[1] * (max[i] < 0 ? A(0) : max[i]);
   }
   Tensor z = dense(w, fc2, mixed);
+  check_count(z, batch * channels);
   if (sum && w.has(fc2 + 1)) z.add_(w[fc2 + 1]);
   const A temperature = temperature_of<A>(w, channel_temperature, by.masking);
   for (int64_t b = 0; b < batch; ++b) gate_row(z.data_ptr<A>() + b * channels, channels, temperature, by.masking);
@@ -116,8 +140,9 @@ class SpatialNetwork {
  public:
   SpatialNetwork(const Block& by, at::TensorList windows, int64_t height, int64_t width)
       : by_(by), height_(height), width_(width), places_(height * width), taps_(by.branches.taps),
-        maps_(windows.empty() ? 2 : 4), norm_(by.spatial, spatial_norm, by.of_spatial.router),
-        kernels_(dense_kernels(by.spatial, by.branches, maps_)),
+        maps_(windows.empty() ? 2 : 4), kernels_(dense_kernels(by.spatial, by.branches, maps_)),
+        count_(kernels_.size(0)), norm_(by.spatial, spatial_norm, by.of_spatial.router, count_),
+        hidden_(hidden_of(by.spatial, spatial_router, maps_, count_)),
         temperature_(temperature_of<A>(by.spatial, spatial_temperature, by.of_spatial.masking)) {
     if (windows.empty()) return;
     ones_ = windows[0].const_data_ptr<A>(), down_ = windows[1].const_data_ptr<A>();
@@ -126,16 +151,17 @@ class SpatialNetwork {
 
   // maps (2, H, W) to the mask (H, W); `padded` is room to work in.
   void mask(const A* maps, Padded<A>& padded, A* to) const {
-    const int64_t area = taps_ * taps_, all = maps_ * area, count = kernels_.size(0);
+    const int64_t area = taps_ * taps_, all = maps_ * area;
     const std::vector<A> mix = choice(maps);
     std::vector<A> own(all);
     const A* kernel = kernels_.template const_data_ptr<A>();
-    for (int64_t k = 0; k < count; ++k, kernel += all)
+    for (int64_t k = 0; k < count_; ++k, kernel += all)
       for (int64_t i = 0; i < all; ++i) own[i] += mix[k] * kernel[i];
     std::fill(to, to + places_, A(0));
     if (maps_ == 4) add_coordinates(own.data() + 2 * area, to);
     for (int64_t m = 0; m < 2; ++m)
-      convolve_map(padded.fill(maps + m * places_), padded.stride, own.data() + m * area, height_, width_, taps_, false, to);
+      convolve_map(padded.fill(maps + m * places_), padded.stride, own.data() + m * area, height_, width_, taps_, false,
+                   to);
     gate_row(to, places_, temperature_, by_.of_spatial.masking);
   }
 
@@ -144,25 +170,20 @@ class SpatialNetwork {
  private:
   // How the branches are mixed.
   std::vector<A> choice(const A* maps) const {
-    A pooled[4] = {}, sums[lanes];
-    for (int64_t m = 0; m < 2; ++m) {
-      std::fill(sums, sums + lanes, A(0));
-      in_lanes(places_, [&](int64_t i, int64_t l) { sums[l] += maps[m * places_ + i]; });
-      pooled[m] = sum_of(sums) / places_;
-    }
+    A pooled[4] = {mean_of(maps, places_), mean_of(maps + places_, places_)};
     if (maps_ == 4 && by_.moments) {
       const A* across = columns_.template const_data_ptr<A>() + taps_ / 2 * width_;
+      double along_x = 0, along_y = 0;
       for (int64_t h = 0; h < height_; ++h) {
-        A along = 0, total = 0;
-        for (int64_t w = 0; w < width_; ++w) along += maps[h * width_ + w] * across[w], total += maps[h * width_ + w];
-        pooled[2] += along, pooled[3] += total * down_[h * taps_ + taps_ / 2];
+        A x = 0, total = 0;
+        for (int64_t w = 0; w < width_; ++w) x += maps[h * width_ + w] * across[w], total += maps[h * width_ + w];
+        along_x += x, along_y += total * down_[h * taps_ + taps_ / 2];
       }
-      pooled[2] /= places_, pooled[3] /= places_;
+      pooled[2] = along_x / places_, pooled[3] = along_y / places_;
     }
-    const Weights& w = by_.spatial;
-    std::vector<A> hidden, mix;
-    dense_row(w[spatial_router], w.has(spatial_router + 1) ? w[spatial_router + 1] : Tensor(), pooled, hidden);
-    choose(w, spatial_router, norm_, hidden.data(), hidden.size(), mix);
+    std::vector<A> hidden(hidden_), mix(count_);
+    dense_row(by_.spatial, spatial_router, pooled, maps_, hidden);
+    choose(by_.spatial, spatial_router, norm_, hidden.data(), hidden_, mix);
     return mix;
   }
 
@@ -184,8 +205,10 @@ class SpatialNetwork {
 
   const Block& by_;
   const int64_t height_, width_, places_, taps_, maps_;
-  const Scaling<A> norm_;
   const Tensor kernels_;  // (K, S, f, f)
+  const int64_t count_;
+  const Scaling<A> norm_;
+  const int64_t hidden_;
   const A temperature_;
   const A *ones_ = nullptr, *down_ = nullptr;
   Tensor columns_;

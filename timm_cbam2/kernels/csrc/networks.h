@@ -39,7 +39,10 @@ struct Masking {
 class Weights {
  public:
   Weights(const Optionals& given, at::ScalarType type) {
-    for (const Optional& t : given.vec()) all_.push_back(t ? t->to(type).contiguous() : Tensor());
+    for (const Optional& t : given.vec()) {
+      TORCH_CHECK(!t || t->is_cpu(), "cbam2: the block's weights must lie where its input does, on the CPU");
+      all_.push_back(t ? t->to(type).contiguous() : Tensor());
+    }
   }
   bool has(size_t at) const { return all_[at].defined(); }
   const Tensor& operator[](size_t at) const { return all_[at]; }
