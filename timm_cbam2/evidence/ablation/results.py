@@ -75,7 +75,7 @@ class Results:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:
             file.truncate(self.whole)
-            file.write((json.dumps(row) + "\n").encode())
+            file.write((json.dumps(row, separators=(",", ":")) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
             self.whole = file.tell()

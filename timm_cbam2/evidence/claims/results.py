@@ -32,7 +32,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
     with path.open("ab+") as file:
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-        file.write((json.dumps(row) + "\n").encode())
+        file.write((json.dumps(row, separators=(",", ":")) + "\n").encode())
         file.flush()
         os.fsync(file.fileno())
 
