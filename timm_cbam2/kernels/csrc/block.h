@@ -3,26 +3,11 @@
 #pragma once
 
 #include <ATen/TensorOperators.h>
-#include <ATen/ops/addcmul.h>
 
 #include "passes.h"
 #include "spatial.h"
 
 namespace {
-
-// What both calls are told of the block beside its weights.
-struct Block {
-  Weights channel, spatial;
-  Part of_channel, of_spatial;
-  Branches branches;
-  bool moments;
-
-  Block(const Tensor& squeezes, const Optionals& weights_c, const Optionals& weights_s, const Optionals& running_c,
-        const Optionals& running_s, at::IntArrayRef numbers, at::ArrayRef<double> reals, at::IntArrayRef shapes)
-      : channel(weights_c, squeezes.scalar_type()), spatial(weights_s, squeezes.scalar_type()),
-        of_channel(part_of(running_c, numbers, reals, 0)), of_spatial(part_of(running_s, numbers, reals, 1)),
-        branches{shapes, numbers[2 * numbers_of_part]}, moments(numbers[2 * numbers_of_part + 1] != 0) {}
-};
 
 // Into out. Gives squeezes, ca, maps, sa, and what the backward takes of both parts.
 std::vector<Tensor> block(const Tensor& z, const Optional& scale, const Optional& shift, const Optional& shortcut,
@@ -31,20 +16,74 @@ std::vector<Tensor> block(const Tensor& z, const Optional& scale, const Optional
                           const Optionals& running_s, at::IntArrayRef numbers, at::ArrayRef<double> reals,
                           at::IntArrayRef shapes, at::TensorList windows) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Tensor squeezes = squeeze(z, scale, shift);
-  const Block by(squeezes, weights_c, weights_s, running_c, running_s, numbers, reals, shapes);
   ChannelPass channel;
-  channel.forward(squeezes, by.channel, by.of_channel);
   SpatialPass spatial;
-  spatial.forward(maps(z, scale, shift, channel.mask, std::nullopt, std::nullopt), by.spatial, by.of_spatial, by.branches,
-                  windows, by.moments);
+  channel.squeezes = squeeze(z, scale, shift);
+  const auto type = channel.squeezes.scalar_type();
+  const Block by(type, weights_c, weights_s, running_c, running_s, numbers, reals, shapes, windows);
+  AT_DISPATCH_FLOATING_TYPES(type, "cbam2", [&] {
+    channel.forward<scalar_t>(by.channel, by.of_channel);
+    spatial.maps = maps(z, scale, shift, channel.mask, std::nullopt, std::nullopt);
+    spatial.forward<scalar_t>(by);
+  });
   Tensor sa = spatial.mask.view({z.size(0), z.size(2), z.size(3)});
-  if (drop) sa = sa.mul(drop->to(sa.scalar_type()).view({-1, 1, 1}));
+  if (drop) sa = sa.mul(drop->to(type).view({-1, 1, 1}));
   finish_into(z, scale, shift, shortcut, gamma, channel.mask, sa, relu, out);
-  std::vector<Tensor> found = {squeezes, channel.mask, spatial.maps, sa};
+  std::vector<Tensor> found = {channel.squeezes, channel.mask, spatial.maps, sa};
   keep(channel, found), keep(spatial, found);
   return found;
 }
+
+// What the readings of the backward found by channel, of one block: `sums` (columns, B, C) of `products` and `of_maps`
+// (columns, B, C) of `spread`. `affine`: scale, bias and invstd (C,) of a BatchNorm in training, or null.
+template <typename A>
+struct Sums {
+  const A *sums, *of_maps, *ca, *gamma, *scale, *bias, *invstd;
+  int64_t batch, channels, places;
+
+  A of(Column kind, int64_t b, int64_t c) const { return sums[(kind * batch + b) * channels + c]; }
+  A of(bool alone, int64_t b, int64_t c) const { return of_maps[(alone * batch + b) * channels + c]; }
+  A layer_scale(int64_t c) const { return gamma ? gamma[c] : A(1); }
+  // Σ g'·sa·x, and Σ m·x, x being scale·z̃ + bias behind a BatchNorm.
+  A along(int64_t b, int64_t c) const {
+    const A sum = of(product, b, c);
+    return scale ? sum * scale[c] + of(plain, b, c) * bias[c] : sum;
+  }
+  A from_maps(int64_t b, int64_t c) const {
+    const A sum = of(false, b, c);
+    return scale ? sum * scale[c] + of(true, b, c) * bias[c] : sum;
+  }
+
+  // The gradients of the mask (B, C) and, where asked for, of layer-scale (C,).
+  void of_mask(A* g_ca, A* g_gamma) const {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t c = 0; c < channels; ++c) {
+        const A one = along(b, c);
+        g_ca[b * channels + c] = layer_scale(c) * one + from_maps(b, c);
+        if (g_gamma) g_gamma[c] += ca[b * channels + c] * one;
+      }
+  }
+
+  // From the gradients of the squeezes (B, 2, C): those of the two shared among positions, and of a BatchNorm those of
+  // weight and bias, and what its backward takes off: offset and slope.
+  void of_input(const A* g, A* savg, A* smax, A* g_weight, A* g_bias, A* offset, A* slope) const {
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t at = b * channels + c;
+        const A avg = g[2 * b * channels + c], most = g[(2 * b + 1) * channels + c];
+        savg[at] = avg / places, smax[at] = most / of(ties, b, c);
+        if (!scale) continue;
+        const A factor = layer_scale(c);
+        g_bias[c] += ca[at] * (factor * of(plain, b, c) + of(true, b, c)) + avg + most;
+        g_weight[c] += ca[at] * (factor * of(product, b, c) + of(false, b, c)) + savg[at] * of(centered, b, c) +
+                       smax[at] * of(at_ties, b, c);
+      }
+    for (int64_t c = 0; scale && c < channels; ++c) {
+      g_weight[c] *= invstd[c];
+      offset[c] = g_bias[c] / (batch * places), slope[c] = g_weight[c] * invstd[c] / (batch * places);
+    }
+  }
+};
 
 // norm: scale, shift, mean, bias and invstd of a BatchNorm in training, or nothing; small: what `block` gave.
 // Gives g', the gradients of z (nothing, unless needed), gamma, weight and bias of the BatchNorm, then of each weight that
@@ -55,46 +94,48 @@ std::vector<Tensor> block_backward(const Tensor& g, const Optional& out, const T
                                    const Optionals& running_s, at::IntArrayRef numbers, at::ArrayRef<double> reals,
                                    at::IntArrayRef shapes, at::TensorList windows) {
   at::AutoDispatchBelowADInplaceOrView guard;
-  const Block by(small[0], weights_c, weights_s, running_c, running_s, numbers, reals, shapes);
-  const auto channel = kept<ChannelPass>(small.slice(4));
-  const auto spatial = kept<SpatialPass>(small.slice(4 + ChannelPass().all().size()));
+  const auto type = small[0].scalar_type();
+  const Block by(type, weights_c, weights_s, running_c, running_s, numbers, reals, shapes, windows);
+  ChannelPass channel;
+  SpatialPass spatial;
+  channel.squeezes = small[0], channel.mask = small[1], spatial.maps = small[2];
+  take(channel, small.slice(4)), take(spatial, small.slice(4 + channel.all().size()));
   const at::TensorList four = small.slice(0, 4);
-  const Tensor none = at::empty({0}, small[0].options()), ca = small[1];
+  const auto options = small[0].options();
+  const Tensor none = at::empty({0}, options);
   const auto given = norm.vec();
   const bool normed = given[0].has_value();
   const Optionals affine({given[0], given[1], given[2]});
+  const int64_t batch = z.size(0), channels = z.size(1), places = z.size(2) * z.size(3);
   std::vector<Tensor> grads_c(weights_c.size()), grads_s(weights_s.size());
 
   const auto first = products(g, out, z, affine, gamma, four);
-  const Tensor &masked = first[0], &ties_p = first[2], &sums = first[3];
+  const Tensor &masked = first[0], &ties_p = first[2];
   Tensor g_sa = first[1];
-  if (drop) g_sa.mul_(drop->to(g_sa.scalar_type()).view({-1, 1}));
-  const Tensor g_maps =
-      spatial.backward(g_sa, by.spatial, by.of_spatial, by.branches, windows, by.moments, grads_s).flatten(2);
-  const Tensor g_avg = g_maps.select(1, 0) / z.size(1), g_max = g_maps.select(1, 1) / ties_p;
-  const Tensor of_maps = spread(z, affine, four, g_avg, g_max);
-  Tensor along = sums[0], from_maps = of_maps[0];  // of x
-  if (normed) {                                    // which is scale·z̃ + bias
-    along = at::addcmul(sums[plain] * *given[3], along, *given[0]);
-    from_maps = at::addcmul(of_maps[1] * *given[3], from_maps, *given[0]);
-  }
-  const Tensor g_ca = gamma ? at::addcmul(from_maps, along, *gamma) : along + from_maps;
-  const Tensor g_squeezes = channel.backward(g_ca, by.channel, by.of_channel, grads_c).view(small[0].sizes());
-
-  std::vector<Tensor> found = {masked, none, gamma ? (ca * along).sum(0) : none, none, none};
-  const int64_t places = z.size(2) * z.size(3), count = z.size(0) * places;
-  const Tensor savg = g_squeezes.select(1, 0), smax = g_squeezes.select(1, 1);
-  Optionals by_channel({Optional(savg / places), Optional(smax / sums[ties]), Optional(), Optional(), Optional()});
-  if (normed) {
-    const Tensor alone = gamma ? at::addcmul(of_maps[1], sums[plain], *gamma) : sums[plain] + of_maps[1];
-    const Tensor away = gamma ? at::addcmul(of_maps[0], sums[product], *gamma) : sums[product] + of_maps[0];
-    const Tensor total = (ca * alone).add_(savg).add_(smax).sum(0);
-    const Tensor rest = *by_channel.get(0) * sums[centered] + *by_channel.get(1) * sums[at_ties];
-    const Tensor g_weight = (ca * away).add_(rest).sum(0) * *given[4];
-    by_channel.set(2, total / count), by_channel.set(3, g_weight * *given[4] / count), by_channel.set(4, given[0]);
-    found[3] = g_weight, found[4] = total;
-  }
-  if (needed) found[1] = input_gradient(masked, z, affine, gamma, four, g_avg, g_max, by_channel, {}, {});
+  if (drop) g_sa.mul_(drop->to(type).view({-1, 1}));
+  std::vector<Tensor> found = {masked, none, none, none, none};
+  AT_DISPATCH_FLOATING_TYPES(type, "cbam2", [&] {
+    using A = scalar_t;
+    const Tensor g_maps = spatial.backward<A>(g_sa, by, grads_s).flatten(2);
+    const Tensor g_avg = g_maps.select(1, 0) / channels, g_max = g_maps.select(1, 1) / ties_p;
+    const Tensor of_maps = spread(z, affine, four, g_avg, g_max);
+    Small<A> of;
+    auto zeros = [&](bool wanted) { return wanted ? at::zeros({channels}, options) : Tensor(); };
+    auto data = [](const Tensor& t) { return t.defined() ? t.data_ptr<A>() : nullptr; };
+    const Sums<A> sums{of.read(first[3]), of.read(of_maps), of.read(small[1]), of.read(gamma), of.read(given[0]),
+                       of.read(given[3]), of.read(given[4]), batch, channels, places};
+    Tensor g_ca = at::empty({batch, channels}, options), g_gamma = zeros(gamma.has_value());
+    sums.of_mask(data(g_ca), data(g_gamma));
+    const Tensor g_squeezes = channel.backward<A>(g_ca, by.channel, by.of_channel, grads_c);
+    const Tensor savg = at::empty_like(g_ca), smax = at::empty_like(g_ca), g_weight = zeros(normed);
+    const Tensor g_bias = zeros(normed), offset = zeros(normed), slope = zeros(normed);
+    sums.of_input(data(g_squeezes), data(savg), data(smax), data(g_weight), data(g_bias), data(offset), data(slope));
+    if (gamma) found[2] = g_gamma;
+    if (normed) found[3] = g_weight, found[4] = g_bias;
+    const auto of_norm = [&](const Tensor& t) { return normed ? Optional(t) : Optional(); };
+    const Optionals by_channel({savg, smax, of_norm(offset), of_norm(slope), given[0]});
+    if (needed) found[1] = input_gradient(masked, z, affine, gamma, four, g_avg, g_max, by_channel, {}, {});
+  });
   for (const auto* part : {&grads_c, &grads_s})
     for (const Tensor& t : *part) found.push_back(t.defined() ? t : none);
   return found;

@@ -1,5 +1,5 @@
 // A convolution of the maps of each sample with that sample's own kernel, zeros around, summed over the maps:
-// maps (B, M, H, W) and kernels (B, M, f, f) give (B, H, W). Sums stay in registers, `lanes` of a row at a time.
+// maps (B, M, H, W) and kernels (B, M, f, f) give (B, H, W). Sums stay in registers, those of several rows at a time.
 
 #pragma once
 
@@ -11,6 +11,7 @@
 namespace {
 
 constexpr int64_t taps_at_once = 7;
+constexpr int64_t rows_together = 8;  // so that one tap waits for none of the others
 
 // A map (H, W) with zeros around: f/2 above and on the left, as many as whole blocks need on the right and below.
 template <typename A>
@@ -18,7 +19,7 @@ class Padded {
  public:
   Padded(int64_t height, int64_t width, int64_t taps)
       : height_(height), width_(width), margin_(taps / 2),
-        stride((width + lanes - 1) / lanes * lanes + taps + taps_at_once), all_((height + taps) * stride) {}
+        stride((width + lanes - 1) / lanes * lanes + taps + taps_at_once), all_((height + taps + rows_together) * stride) {}
   const A* fill(const A* map) {
     for (int64_t h = 0; h < height_; ++h)
       std::copy(map + h * width_, map + (h + 1) * width_, all_.data() + (h + margin_) * stride + margin_);
@@ -45,19 +46,20 @@ template <typename A>
 void convolve_map(const A* padded, int64_t stride, const A* kernel, int64_t height, int64_t width, int64_t taps,
                   bool backwards, A* out) {
   using V = typename Vector<A>::type;
-  constexpr int64_t step = sizeof(V) / sizeof(A), count = lanes / step;
-  for (int64_t h = 0; h < height; ++h)
-    for (int64_t w = 0; w < width; w += lanes) {
-      V sums[count] = {};
+  constexpr int64_t step = sizeof(V) / sizeof(A);
+  for (int64_t h = 0; h < height; h += rows_together)
+    for (int64_t w = 0; w < width; w += step) {
+      V sums[rows_together] = {};
       for (int64_t i = 0; i < taps; ++i)
         for (int64_t j = 0; j < taps; ++j) {
           const A k = kernel[backwards ? taps * taps - 1 - i * taps - j : i * taps + j];
           const A* from = padded + (h + i) * stride + w + j;
-          unrolled<count>([&](size_t v) { sums[v] += k * *reinterpret_cast<const V*>(from + v * step); });
+          unrolled<rows_together>([&](size_t r) { sums[r] += k * *reinterpret_cast<const V*>(from + r * stride); });
         }
-      A each[lanes];
-      unrolled<count>([&](size_t v) { *reinterpret_cast<V*>(each + v * step) = sums[v]; });  // until here in registers
-      for (int64_t l = 0; l < std::min(lanes, width - w); ++l) out[h * width + w + l] += each[l];
+      A each[rows_together][step];
+      unrolled<rows_together>([&](size_t r) { *reinterpret_cast<V*>(each[r]) = sums[r]; });  // until here in registers
+      for (int64_t r = 0; r < std::min(rows_together, height - h); ++r)
+        for (int64_t l = 0; l < std::min(step, width - w); ++l) out[(h + r) * width + w + l] += each[r][l];
     }
 }
 

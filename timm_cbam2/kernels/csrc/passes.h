@@ -5,7 +5,7 @@
 #include <ATen/ops/ones.h>
 
 #include "backward.h"
-#include "networks.h"
+#include "given.h"
 
 namespace {
 
