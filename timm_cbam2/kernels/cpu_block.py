@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Mapping, Sequence
+from typing import Any, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..models.decisions_cbam2 import Measure
 from ..models.dense_cbam2 import branch_shapes, kept_windows
 from ..models.passes_cbam2 import End, Small
 
@@ -23,18 +22,18 @@ CHANNEL = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias", *ROUTER, "fusion_
 CHANNEL += ("norm.weight", "norm.bias")
 SPATIAL = (*ROUTER, TEMPERATURE)
 SMALL = len(Small._fields)  # what the kernel keeps follows these
+UNKNOWN: list[Tensor | None] = [None] * 4  # statistics of both norms of a part
 
-Found = Mapping[str, Measure]
 Slots = tuple[int | None, ...]
 
 
-def _norms(part: nn.Module) -> dict[str, nn.Module | None]:
+def _norms(part: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
     """In the kernel's order."""
-    return {"router.norm": None if part.router is None else part.router.norm, "norm": getattr(part, "norm", None)}
+    return None if part.router is None else part.router.norm, getattr(part, "norm", None)
 
 
 def _all_norms(block: nn.Module) -> list[nn.Module]:
-    return [norm for part in (block.channel, block.spatial) for norm in _norms(part).values() if norm is not None]
+    return [norm for part in (block.channel, block.spatial) for norm in _norms(part) if norm is not None]
 
 
 def serves(block: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> bool:
@@ -65,23 +64,15 @@ def _weights(part: nn.Module, slots: Slots, temperature: int, parameters: Sequen
     return given
 
 
-def _how(part: nn.Module, name: str, batch: int, found: Found | None) -> tuple[list[Any], list[int], list[float]]:
-    """Statistics of the part's norms, and the numbers and real numbers that the kernel is told; how the norms measured
-    where `found` says so, else how they do now."""
+def _how(part: nn.Module, batch: int) -> tuple[list[Any], list[int], list[float]]:
+    """Statistics of the part's norms, and the numbers and real numbers that the kernel is told."""
     running: list[Tensor | None] = []
     numbers = [GATES.index(part.gate), part.center, part.temperature.learnable]
     reals = [part.temperature.eps]
-    for own, norm in _norms(part).items():
-        measure: Sequence[Tensor | None] | None = (None, None)
-        if norm is not None and found is not None:
-            measure = found[f"{name}.{own}"]
-        elif norm is not None:
-            measure = norm.running_mean, norm.running_var
-        by_batch = norm is not None and (measure is None if found is not None else norm.training and batch > 1)
-        running += measure or (None, None)
-        numbers.append(by_batch)
-        momentum = norm.momentum if norm is not None and found is None else 0.0  # which a backward has no use for
-        reals += (momentum, 0.0 if norm is None else norm.eps)
+    for norm in _norms(part):
+        running += (None, None) if norm is None else (norm.running_mean, norm.running_var)
+        numbers.append(norm is not None and norm.training and batch > 1)
+        reals += (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
     return running, numbers, reals
 
 
@@ -93,15 +84,18 @@ class KernelBlock:
         self.kernel, self.block = kernel, block
         self.slots = _slots(names, count, len(block.spatial.branches))
 
-    def _given(self, x: Tensor, parameters: Sequence[Tensor], found: Found | None, dtype: torch.dtype) -> tuple:
+    def _given_weights(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+        channel = _weights(self.block.channel, self.slots[0], CHANNEL.index(TEMPERATURE), parameters)
+        return channel, _weights(self.block.spatial, self.slots[1], SPATIAL.index(TEMPERATURE), parameters)
+
+    def _told(self, x: Tensor, dtype: torch.dtype) -> tuple:
+        """What the kernel is told beside the weights."""
         channel, spatial = self.block.channel, self.block.spatial
         height, width = x.shape[2:]
         windows = kept_windows(height, width, spatial.footprint, x.device, dtype) if spatial.coords else ()
-        running_c, numbers_c, reals_c = _how(channel, "channel", len(x), found)
-        running_s, numbers_s, reals_s = _how(spatial, "spatial", len(x), found)
+        running_c, numbers_c, reals_c = _how(channel, len(x))
+        running_s, numbers_s, reals_s = _how(spatial, len(x))
         return (
-            _weights(channel, self.slots[0], CHANNEL.index(TEMPERATURE), parameters),
-            _weights(spatial, self.slots[1], SPATIAL.index(TEMPERATURE), parameters),
             running_c,
             running_s,
             [*numbers_c, *numbers_s, spatial.footprint, spatial.moments],
@@ -113,7 +107,7 @@ class KernelBlock:
     def infer(self, passes: Any, parameters: Sequence[Tensor], end: End) -> Tensor:
         """The output alone, when no path is dropped."""
         x, out, shortcut = passes.ends(end)
-        given = self._given(x, parameters, None, passes.dtype)
+        given = (*self._given_weights(parameters), *self._told(x, passes.dtype))
         if len(x) > 1 and any(norm.training for norm in _all_norms(self.block)):  # they look at the batch
             self.kernel.block(x, *passes.norm, shortcut, end.gamma, None, end.relu, out, *given)
         else:
@@ -123,9 +117,11 @@ class KernelBlock:
     def forward(self, passes: Any, parameters: Sequence[Tensor], end: End, drop: Tensor | None) -> tuple[Tensor, Small]:
         """The output for the x of `passes`, and the small tensors."""
         x, out, shortcut = passes.ends(end)
-        given = self._given(x, parameters, None, passes.dtype)
-        found = self.kernel.block(x, *passes.norm, shortcut, end.gamma, drop, end.relu, out, *given)
-        self.kept = found[SMALL:]
+        told = self._told(x, passes.dtype)
+        weights = self._given_weights(parameters)
+        found = self.kernel.block(x, *passes.norm, shortcut, end.gamma, drop, end.relu, out, *weights, *told)
+        # The backward takes from what is kept how norms measured, not from statistics that have moved on since.
+        self.kept, self.told = found[SMALL:], (UNKNOWN, UNKNOWN, *told[2:])
         return out, Small(*found[:SMALL])
 
     def backward(
@@ -134,7 +130,6 @@ class KernelBlock:
         g: Tensor,
         small: Small,
         kept: tuple[Tensor | None, Tensor | None, Tensor | None],
-        found: Found,
         parameters: Sequence[Tensor],
         needed: bool,
     ) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -146,12 +141,11 @@ class KernelBlock:
             g: The gradient of the output.
             small: As `forward` gave it.
             kept: The output where an activation followed, layer-scale, the factors of stochastic depth.
-            found: What the norms measured by.
             parameters: As given to `forward`.
             needed: Whether the gradient of x is.
         """
         out, gamma, drop = kept
-        given = self._given(passes.x, parameters, found, passes.dtype)
+        given = (*self._given_weights(parameters), *self.told)
         tensors = [*small, *self.kept]
         all_found = self.kernel.block_backward(
             passes.laid_out(g), out, passes.x, passes.trained_norm, gamma, drop, tensors, needed, *given

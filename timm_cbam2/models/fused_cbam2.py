@@ -124,7 +124,7 @@ def _whole_backward(
     """The gradients of all inputs but the first, by who did the forward pass at once."""
     needs, call = ctx.needs_input_grad[1:], ctx.call
     kept = out, gamma, call.drop
-    ends, grads = ctx.whole.backward(passes, g, ctx.small, kept, call.found, parameters, needs[0])
+    ends, grads = ctx.whole.backward(passes, g, ctx.small, kept, parameters, needs[0])
     g_shortcut, g_x, *of_norms = ends
     return [grad if need else None for need, grad in zip(needs, (g_x, g_shortcut, *of_norms, *grads))]
 
