@@ -18,9 +18,18 @@ from timm_cbam2.kernels import triton_passes
 from timm_cbam2.kernels.triton_passes import TritonPasses
 from timm_cbam2.models import residual_cbam2
 from timm_cbam2.models.fused_cbam2 import fused, fused_without_grad, train_affine
+from timm_cbam2.models.fusible_cbam2 import named_weights
 from timm_cbam2.models.passes_cbam2 import End, Small, TorchPasses, use_passes
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def ended(block, x, *args):
+    return fused(block, x, named_weights(block), *args)
+
+
+def inferred(block, x, *args, **options):
+    return fused_without_grad(block, x, named_weights(block), *args, **options)
 
 
 @pytest.fixture
@@ -101,7 +110,7 @@ def test_dtypes(memory_format, dtype, kernel):
 
 
 def as_one(block, relu, drop, x, shortcut, gamma=None):
-    return fused(block, x, End(shortcut, gamma, relu, drop is not None), drop)
+    return ended(block, x, End(shortcut, gamma, relu, drop is not None), drop)
 
 
 def one_by_one(block, relu, drop, x, shortcut, gamma=None):
@@ -125,12 +134,12 @@ def test_the_end_of_a_residual_branch(memory_format, kernel):
         )
         assert same(found, plain), (scaled, relu, dropped)
     with torch.no_grad():
-        assert same([fused_without_grad(block, x, End(shortcut, None, True))], [(block(x) + shortcut).relu()])
+        assert same([inferred(block, x, End(shortcut, None, True))], [(block(x) + shortcut).relu()])
     # Another layout of the shortcut is as good.
     other = (
         shortcut.contiguous() if memory_format == "channels_last" else shortcut.to(memory_format=torch.channels_last)
     )
-    assert torch.equal(fused(block, x, End(other)), fused(block, x, End(shortcut))) and kernel
+    assert torch.equal(ended(block, x, End(other)), ended(block, x, End(shortcut))) and kernel
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -140,15 +149,15 @@ def test_at_the_identity_it_is_the_separate_steps_bit_for_bit(dtype, kernel):
     gamma, drop = images((12,), dtype, seed=2), torch.tensor([1.25, 0.0])
     scaled = x * gamma[:, None, None]
     assert torch.equal(block(x), x)
-    assert torch.equal(fused(block, x, End(shortcut, gamma, True)), (shortcut + scaled).relu())
+    assert torch.equal(ended(block, x, End(shortcut, gamma, True)), (shortcut + scaled).relu())
     dropped = scaled * drop.to(dtype)[:, None, None, None] + shortcut
-    assert torch.equal(fused(block, x, End(shortcut, gamma, False, True), drop), dropped) and kernel
+    assert torch.equal(ended(block, x, End(shortcut, gamma, False, True), drop), dropped) and kernel
 
 
 def test_not_a_number_is_not_hidden(kernel):
     x, block = images((2, 5, 4, 4)), Cbam2(5).double()
     x[0, 2, 1, 1] = float("nan")
-    out = fused(block, x, End(torch.zeros_like(x), None, True))
+    out = ended(block, x, End(torch.zeros_like(x), None, True))
     assert out[0].isnan().all() and out[1].isfinite().all() and kernel
     squeezes, maps = TritonPasses(x).squeeze(), TritonPasses(x).maps(x.new_ones(2, 5))
     assert torch.equal(squeezes.isnan(), TorchPasses(x).squeeze().isnan())
@@ -228,6 +237,6 @@ def test_a_norm_is_folded_where_it_rounds_as_torchs(kernel):
     norm.running_mean.copy_(images((6,)))
     z, block = images((2, 6, 4, 5), torch.float32), Cbam2(6, gate="unit_sigmoid")
     with torch.no_grad():
-        folded = fused_without_grad(block, z, affine=residual_cbam2.eval_affine(norm))
+        folded = inferred(block, z, affine=residual_cbam2.eval_affine(norm))
         assert torch.allclose(folded, norm(z), rtol=1e-6, atol=1e-6)
         assert not switch.Kernel().folds(z) or torch.equal(folded, norm(z))

@@ -6,6 +6,7 @@ import shutil
 import weakref
 
 import pytest
+import timm
 import torch
 from plain_path import gradients, same_as_plain
 from randomise import randomise
@@ -13,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from timm_cbam2 import Cbam2
 from timm_cbam2.kernels.cpu import cpu_kernel
-from timm_cbam2.models.fusible_cbam2 import can_fuse
+from timm_cbam2.models.fusible_cbam2 import may_fuse, named_weights
 from timm_cbam2.models.parts_cbam2 import Fc
 
 NORMS = dict(squeeze_norm=True, router_norm=True)
@@ -33,6 +34,10 @@ def make(**options):
 
 def images(dtype=torch.float64):
     return torch.randn(3, 6, 7, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def can_fuse(block, x):
+    return may_fuse(block, x) and named_weights(block) is not None
 
 
 class Doubled(Fc):
@@ -184,3 +189,19 @@ def test_a_norm_that_is_changed_after_the_forward(kernel):
         return out
 
     torch.testing.assert_close(gradients(changed, block, x), expected)
+
+
+def test_changed_while_its_branch_is_computed(kernel):
+    model = randomise(timm.create_model("test_resnet_cbam2")).eval()
+    block = model.layer1[0]
+    x = torch.randn(2, block.conv1.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def change(*_):
+        block.se.channel.fc1.__class__ = Doubled
+
+    with torch.no_grad():
+        before = block(x)
+        handle = block.conv1.register_forward_hook(change)
+        found = block(x)
+        handle.remove()
+        assert torch.allclose(found, block.as_timm(x), atol=1e-5) and not torch.allclose(found, before, atol=1e-3)

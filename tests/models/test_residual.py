@@ -1,6 +1,7 @@
 """The attention that ends the residual branch: the steps one by one, or as if they were."""
 
 import copy
+import functools
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from timm.layers import DropPath
 from torch.profiler import ProfilerActivity, profile
 
 from timm_cbam2 import Cbam2, record_attention
-from timm_cbam2.models import convnext_cbam2, pieces_cbam2, resnet_cbam2
+from timm_cbam2.models import pieces_cbam2, residual_cbam2
 from timm_cbam2.models.convnext_cbam2 import ConvNeXtCbam2Block
 from timm_cbam2.models.residual_cbam2 import BasicBlockCbam2, BottleneckCbam2, branch_end
 
@@ -61,8 +62,9 @@ def assert_close(one, other, rtol=1e-9):
 def ends(monkeypatch):
     """How many branches the attention ended."""
     counted = []
-    for module in (resnet_cbam2.BasicBlockCbam2.__module__, convnext_cbam2.__name__):
-        monkeypatch.setattr(f"{module}.branch_end", lambda *a, **k: counted.append(1) or branch_end(*a, **k))
+    for fused in (residual_cbam2.fused, residual_cbam2.fused_without_grad):
+        counting = functools.partial(lambda fused, *args: counted.append(1) or fused(*args), fused)
+        monkeypatch.setattr(residual_cbam2, fused.__name__, counting)
     return counted
 
 
@@ -142,7 +144,7 @@ def test_hooks_see_what_they_would_see_in_timms_block(where, ends):
     watch(block.get_submodule(where), seen)
     assert_close(step(model, images(size=32)), reference)
     assert_close(seen, expected["out"])
-    assert len(seen) == 1 and len(ends) == (8 if where.startswith("se") else 9)
+    assert len(seen) == 1 and len(ends) == (8 if where in ("se", "se.channel", "drop_path") else 9)
     handle.remove()
 
 

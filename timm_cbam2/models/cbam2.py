@@ -20,7 +20,7 @@ from .channel_cbam2 import ChannelAttn
 from .compiled_cbam2 import apply_masks, is_compiled, maps_of, squeezes_of
 from .decisions_cbam2 import statistics_kept
 from .fused_cbam2 import fused, fused_without_grad, needs_gradient
-from .fusible_cbam2 import can_fuse
+from .fusible_cbam2 import may_fuse, named_weights
 from .options_cbam2 import complete_options
 from .parts_cbam2 import as_dtype, as_one_node, has_hooks, is_traced, no_autocast
 from .residual_cbam2 import branch_end
@@ -190,11 +190,12 @@ class Cbam2(nn.Module):
                 and not (has_hooks(self.channel) or has_hooks(self.spatial))
             ):
                 return _end(self._compiled(x), shortcut, act)
-            if not can_fuse(self, x):
+            named = named_weights(self) if may_fuse(self, x) else None
+            if named is None:
                 return _end(self.spatial(self.channel(x)), shortcut, act)
             if shortcut is not None:
                 return branch_end(self, x, shortcut, act=act)
-            return _end(fused(self, x) if needs_gradient(self, x) else fused_without_grad(self, x), None, act)
+            return _end((fused if needs_gradient(self, x) else fused_without_grad)(self, x, named), None, act)
         y, channel_mask, fusion_weights = self.channel(x, return_attention=True)
         out, spatial_mask, router_weights = self.spatial(y, return_attention=True)
         return _end(out, shortcut, act), CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)

@@ -29,7 +29,7 @@ from .compiled_cbam2 import apply_masks  # noqa: F401
 from .decisions_cbam2 import DecisionNorm  # noqa: F401
 from .dense_cbam2 import coordinate_rows  # noqa: F401
 from .fused_cbam2 import fused  # noqa: F401
-from .fusible_cbam2 import can_fuse  # noqa: F401
+from .fusible_cbam2 import may_fuse  # noqa: F401
 from .options_cbam2 import check_options  # noqa: F401
 from .parts_cbam2 import Temperature  # noqa: F401
 from .passes_backward_cbam2 import TorchBackward  # noqa: F401

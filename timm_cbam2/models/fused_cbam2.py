@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .decisions_cbam2 import Measure, measured_by, measures
-from .fusible_cbam2 import Named, named_weights
+from .fusible_cbam2 import Named
 from .parts_cbam2 import no_autocast
 from .passes_cbam2 import Affine, End, Small, passes_for
 from .small_networks_cbam2 import networks_for
@@ -204,15 +204,10 @@ def needs_gradient(block: nn.Module, *inputs: Optional[torch.Tensor]) -> bool:
     )
 
 
-def _named(block: nn.Module) -> Named:
-    named = named_weights(block)
-    assert named is not None  # `can_fuse` was asked
-    return named
-
-
 def fused(
     block: nn.Module,
     x: torch.Tensor,
+    named: Named,
     end: End = NO_END,
     drop: Optional[torch.Tensor] = None,
     norm: Optional[nn.Module] = None,
@@ -222,12 +217,13 @@ def fused(
     Args:
         block: A `Cbam2` for which `can_fuse`.
         x: (B, C, H, W).
+        named: What `named_weights` gives of the block.
         end: What follows the masks.
         drop: (B,), what stochastic depth multiplies each sample's branch by.
         norm: A BatchNorm in training, which x has yet to pass.
     """
     found = measures(block, x.shape[0], x.shape[2] * x.shape[3])
-    names, parameters, count = _named(block)
+    names, parameters, count = named
     call = _Call(block, end.relu, drop, norm, names, count, found)
     weights = (None, None) if norm is None else (norm.weight, norm.bias)
     with no_autocast(x):
@@ -236,18 +232,23 @@ def fused(
 
 
 def fused_without_grad(
-    block: nn.Module, x: torch.Tensor, end: End = NO_END, affine: Optional[Affine] = None, owned: bool = False
+    block: nn.Module,
+    x: torch.Tensor,
+    named: Named,
+    end: End = NO_END,
+    affine: Optional[Affine] = None,
+    owned: bool = False,
 ) -> torch.Tensor:
     """The block's output, when nothing needs a gradient and no path is dropped.
 
     Args:
-        block: As for `fused`, like x and end.
+        block: As for `fused`, like x, named and end.
         affine: What a BatchNorm in evaluation does, which x has yet to pass.
         owned: x is nobody else's and may be overwritten.
     """
     with torch.no_grad(), no_autocast(x):
         passes = passes_for(x, affine, owned, learned=block.spatial.learned is not None)
-        names, parameters, count = ((), (), 0) if passes.kernel is None else _named(block)
+        names, parameters, count = named
         whole = passes.whole(block, names, count)
         if whole is not None:
             return whole.infer(passes, parameters, end)

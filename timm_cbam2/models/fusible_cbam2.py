@@ -14,13 +14,14 @@ from torch.nn.utils.parametrize import is_parametrized
 from .decisions_cbam2 import DecisionNorm
 from .parts_cbam2 import has_hooks
 
-__all__ = ["Named", "can_fuse", "named_weights"]
+__all__ = ["Named", "may_fuse", "named_weights"]
 
 Named = Tuple[Tuple[str, ...], Tuple[torch.Tensor, ...], int]
 
 
-def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
-    """Whether `fused_cbam2` serves this call; what it cannot serve takes the plain path, which autograd knows whole."""
+def may_fuse(block: nn.Module, x: torch.Tensor) -> bool:
+    """Whether `fused_cbam2` serves this call of a block that is as it was made (see `named_weights`); what it cannot
+    serve takes the plain path, which autograd knows whole."""
     return (
         type(x) is torch.Tensor
         and not torch.compiler.is_compiling()
@@ -31,7 +32,6 @@ def can_fuse(block: nn.Module, x: torch.Tensor) -> bool:
         and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad, jvp
         and not _has_any_global_hook()
         and forward_ad._current_level < 0
-        and named_weights(block) is not None
     )
 
 

@@ -17,7 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 
 from .compiled_cbam2 import is_compiled, normalised
 from .fused_cbam2 import fused, fused_without_grad, needs_gradient, train_affine
-from .fusible_cbam2 import can_fuse
+from .fusible_cbam2 import may_fuse, named_weights
 from .parts_cbam2 import compute_dtype, has_hooks, is_traced
 from .passes_cbam2 import Affine, End, registered
 
@@ -34,7 +34,7 @@ def owns_end(attn: Optional[nn.Module], x: torch.Tensor) -> bool:
         and hasattr(attn, "is_plain")
         and "forward" not in attn.__dict__
         and not has_hooks(attn)
-        and can_fuse(attn, x)
+        and may_fuse(attn, x)
     )
 
 
@@ -129,6 +129,9 @@ def branch_end(
     """
     if is_compiled():
         return _steps(attn(normalised(norm, z)), shortcut, gamma, drop_path, act)
+    named = named_weights(attn)
+    if named is None:  # somebody else's part in it
+        return _steps(attn.forward(z if norm is None else norm(z)), shortcut, gamma, drop_path, act)
     folds = _is_bare(norm, nn.BatchNorm2d) and _folds(norm, z)
     if norm is not None and not folds:
         z, fresh, norm = norm(z), _is_bare(norm, nn.BatchNorm2d), None
@@ -144,14 +147,14 @@ def branch_end(
         drop = (
             drop_path(z.new_ones(len(z), 1, 1, 1)).view(-1) if drop_path is not None and _drops(drop_path) else None
         )  # drawn as timm does
-        out = fused(attn, z, End(shortcut, gamma, relu, drop is not None), drop, norm)
+        out = fused(attn, z, named, End(shortcut, gamma, relu, drop is not None), drop, norm)
     else:
         affine = None
         if norm is not None and fresh and not norm.training:
             affine = eval_affine(norm)
         elif norm is not None:
             z, fresh = norm(z), True
-        out = fused_without_grad(attn, z, End(shortcut, gamma, relu), affine, fresh)
+        out = fused_without_grad(attn, z, named, End(shortcut, gamma, relu), affine, fresh)
     return out if relu or act is None else act(out)
 
 
