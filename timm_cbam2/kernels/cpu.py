@@ -45,7 +45,7 @@ def enable_cpu_kernel() -> None:
     """
     if not hasattr(torch.ops.timm_cbam2_cpu, "squeeze"):
         build()
-    use_passes("cpu", _passes)
+    use_passes("cpu", _Passes())
 
 
 def _library() -> tuple[Path, list[str]]:
@@ -88,10 +88,16 @@ def _ninja() -> str | None:
     return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 
 
-def _passes(x: torch.Tensor, affine: Affine | None, owned: bool) -> KernelPasses | None:
-    if not is_dense(x) or (affine is not None and not _rounds_as_torch(x.dtype)):
-        return None
-    return KernelPasses(x, affine, torch.ops.timm_cbam2_cpu, owned)
+class _Passes:
+    """What `use_passes` is given."""
+
+    def __call__(self, x: torch.Tensor, affine: Affine | None, owned: bool) -> KernelPasses | None:
+        if not is_dense(x) or (affine is not None and not _rounds_as_torch(x.dtype)):
+            return None
+        return KernelPasses(x, affine, torch.ops.timm_cbam2_cpu, owned)
+
+    def normalises(self, x: torch.Tensor) -> bool:
+        return is_dense(x) and _rounds_as_torch(x.dtype)
 
 
 @functools.lru_cache(8)

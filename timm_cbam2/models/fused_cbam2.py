@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .decisions_cbam2 import Measure, measured_by, measures
 from .fusible_cbam2 import Named
 from .parts_cbam2 import no_autocast
-from .passes_cbam2 import Affine, End, Small, passes_for
+from .passes_cbam2 import Affine, End, Small, passes_for, registered
 from .small_networks_cbam2 import networks_for
 
 __all__ = ["fused", "fused_without_grad", "needs_gradient", "train_affine"]
@@ -58,11 +58,17 @@ def _forward(call: _Call, passes: Any, end: End, parameters: Sequence, with_grad
     return passes.finish(ca, sa, end), Small(squeezes, ca, maps, sa), None, networks
 
 
-def _train_norm(norm: nn.Module, z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As `norm(z)` in training: the result, and the statistics of the batch that its backward takes."""
+def _train_passes(norm: nn.Module, z: torch.Tensor, learned: bool) -> Tuple[Any, torch.Tensor, torch.Tensor]:
+    """The passes over norm(z) in training, and the batch's mean and 1 / standard deviation for their backward."""
     norm.num_batches_tracked.add_(1)
-    buffers = norm.running_mean, norm.running_var
-    return torch.native_batch_norm(z, norm.weight, norm.bias, *buffers, True, norm.momentum, norm.eps)
+    weight, bias, buffers = norm.weight, norm.bias, (norm.running_mean, norm.running_var)
+    normalises = getattr(registered(z.device.type), "normalises", None)
+    if normalises is not None and normalises(z):
+        mean, var = torch.batch_norm_update_stats(z, *buffers, norm.momentum)
+        invstd = (var.double() + norm.eps).sqrt_().reciprocal_().to(var.dtype)  # rounded as torch rounds
+        return passes_for(z, train_affine(weight, bias, mean, invstd), learned=learned), mean, invstd
+    y, mean, invstd = torch.native_batch_norm(z, weight, bias, *buffers, True, norm.momentum, norm.eps)
+    return passes_for(y, owned=True, learned=learned), mean, invstd
 
 
 def train_affine(weight: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor) -> Affine:
@@ -81,8 +87,7 @@ class _Cbam2Function(torch.autograd.Function):
         if call.norm is None:
             passes = passes_for(x, learned=learned)
         else:
-            normalised, mean, invstd = _train_norm(call.norm, x)
-            passes = passes_for(normalised, owned=True, learned=learned)
+            passes, mean, invstd = _train_passes(call.norm, x, learned)
         end = End(shortcut, gamma, call.relu, call.drop is not None)
         out, ctx.small, ctx.whole, ctx.networks = _forward(call, passes, end, rest)
         ctx.call, ctx.again = call, passes.again

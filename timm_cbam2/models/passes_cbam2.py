@@ -28,7 +28,8 @@ _registered: Dict[str, Callable[..., Any]] = {}  # by device type
 def use_passes(device_type: str, make: Optional[Callable[..., Any]]) -> None:
     """Let a kernel do the passes on devices of this type: `make(x, affine, owned)` gives what `TorchPasses` is, or None
     for what it does not serve, and `make.folds(z)`, if there is one, says whether what it does with an `Affine` over z
-    is BatchNorm bit for bit. None for torch alone."""
+    is BatchNorm bit for bit; `make.normalises(z)`, whether in training, too, BatchNorm is best left to its passes. None
+    for torch alone."""
     if make is None:
         _registered.pop(device_type, None)
     else:
