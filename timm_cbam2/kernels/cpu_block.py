@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..models.dense_cbam2 import branch_shapes, kept_windows
 from ..models.passes_cbam2 import End, Small
 
-__all__ = ["KernelBlock", "serves"]
+__all__ = ["KernelBlock"]
 
 GATES = ("sigmoid", "unit_sigmoid", "hard_sigmoid")  # by their number in the kernel
 ROUTER = ("router.fc1.weight", "router.fc1.bias", "router.fc2.weight", "router.fc2.bias")
@@ -27,20 +27,32 @@ UNKNOWN: list[Tensor | None] = [None] * 4  # statistics of both norms of a part
 Slots = tuple[int | None, ...]
 
 
-def _norms(part: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
-    """In the kernel's order."""
-    return None if part.router is None else part.router.norm, getattr(part, "norm", None)
+class _Part:
+    """What the kernel is told of the channel or the spatial part, looked up once a call."""
 
+    def __init__(self, part: nn.Module) -> None:
+        inner = part._modules  # attributes of a module take ten times as long to find
+        router = inner.get("router")
+        self.part, self.temperature = part, inner["temperature"]
+        self.norms = [None if router is None else router._modules.get("norm"), inner.get("norm")]  # in the kernel's order
 
-def _all_norms(block: nn.Module) -> list[nn.Module]:
-    return [norm for part in (block.channel, block.spatial) for norm in _norms(part) if norm is not None]
+    def weights(self, slots: Slots, temperature: int, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+        given = [None if at is None else parameters[at] for at in slots]
+        if not self.temperature.learnable:
+            given[temperature] = self.temperature.value
+        return given
 
-
-def serves(block: nn.Module, names: tuple[str, ...], dtype: torch.dtype) -> bool:
-    """Whether the kernel knows this block, computed in `dtype`: without learned maps, with weights that are made of
-    no others and norms that keep their statistics as they usually do."""
-    usual = all(norm.keeps_usual_statistics(dtype) for norm in _all_norms(block))
-    return usual and block.spatial.learned is None and not _parametrised(names)
+    def told(self, batch: int) -> tuple[list[Tensor | None], list[int], list[float]]:
+        """Statistics of the norms, and the numbers and real numbers that the kernel is told."""
+        running: list[Tensor | None] = []
+        numbers = [GATES.index(self.part.gate), self.part.center, self.temperature.learnable]
+        reals = [self.temperature.eps]
+        for norm in self.norms:
+            kept = {} if norm is None else norm._buffers
+            running += kept.get("running_mean"), kept.get("running_var")
+            numbers.append(norm is not None and norm.training and batch > 1)
+            reals += (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
+        return running, numbers, reals
 
 
 @functools.lru_cache(64)
@@ -57,58 +69,42 @@ def _slots(names: tuple[str, ...], count: int, branches: int) -> tuple[Slots, Sl
     return tuple(map(channel.get, CHANNEL)), tuple(map(spatial.get, (*SPATIAL, *wanted)))
 
 
-def _weights(part: nn.Module, slots: Slots, temperature: int, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    given = [None if at is None else parameters[at] for at in slots]
-    if not part.temperature.learnable:
-        given[temperature] = part.temperature.value
-    return given
-
-
-def _how(part: nn.Module, batch: int) -> tuple[list[Any], list[int], list[float]]:
-    """Statistics of the part's norms, and the numbers and real numbers that the kernel is told."""
-    running: list[Tensor | None] = []
-    numbers = [GATES.index(part.gate), part.center, part.temperature.learnable]
-    reals = [part.temperature.eps]
-    for norm in _norms(part):
-        running += (None, None) if norm is None else (norm.running_mean, norm.running_var)
-        numbers.append(norm is not None and norm.training and batch > 1)
-        reals += (0.0, 0.0) if norm is None else (norm.momentum, norm.eps)
-    return running, numbers, reals
-
-
 class KernelBlock:
     """A pass through a block that the kernel serves."""
 
     def __init__(self, kernel: Any, block: nn.Module, names: tuple[str, ...], count: int) -> None:
         """`names` of the parameters that both directions are given; the first `count` are the channel part's."""
-        self.kernel, self.block = kernel, block
-        self.slots = _slots(names, count, len(block.spatial.branches))
+        self.kernel, self.names = kernel, names
+        self.spatial = block._modules["spatial"]
+        self.parts = [_Part(block._modules["channel"]), _Part(self.spatial)]
+        self.norms = [norm for part in self.parts for norm in part.norms if norm is not None]
+        self.shapes = [number for shape in branch_shapes(self.spatial) for number in shape]
+        self.slots = _slots(names, count, len(self.shapes) // 2)
 
-    def _given_weights(self, parameters: Sequence[Tensor]) -> tuple[list[Tensor | None], list[Tensor | None]]:
-        channel = _weights(self.block.channel, self.slots[0], CHANNEL.index(TEMPERATURE), parameters)
-        return channel, _weights(self.block.spatial, self.slots[1], SPATIAL.index(TEMPERATURE), parameters)
+    def serves(self, dtype: torch.dtype) -> bool:
+        """Whether the kernel knows this block, computed in `dtype`: without learned maps, with weights that are made of
+        no others and norms that keep their statistics as they usually do."""
+        usual = all(norm.keeps_usual_statistics(dtype) for norm in self.norms)
+        return usual and self.spatial.learned is None and not _parametrised(self.names)
+
+    def _weights(self, parameters: Sequence[Tensor]) -> list[list[Tensor | None]]:
+        places = CHANNEL.index(TEMPERATURE), SPATIAL.index(TEMPERATURE)
+        return [part.weights(*where, parameters) for part, *where in zip(self.parts, self.slots, places)]
 
     def _told(self, x: Tensor, dtype: torch.dtype) -> tuple:
         """What the kernel is told beside the weights."""
-        channel, spatial = self.block.channel, self.block.spatial
+        spatial = self.spatial
         height, width = x.shape[2:]
         windows = kept_windows(height, width, spatial.footprint, x.device, dtype) if spatial.coords else ()
-        running_c, numbers_c, reals_c = _how(channel, len(x))
-        running_s, numbers_s, reals_s = _how(spatial, len(x))
-        return (
-            running_c,
-            running_s,
-            [*numbers_c, *numbers_s, spatial.footprint, spatial.moments],
-            [*reals_c, *reals_s],
-            [number for shape in branch_shapes(spatial) for number in shape],
-            list(windows),
-        )
+        (running_c, numbers_c, reals_c), (running_s, numbers_s, reals_s) = (part.told(len(x)) for part in self.parts)
+        numbers = [*numbers_c, *numbers_s, spatial.footprint, spatial.moments]
+        return running_c, running_s, numbers, [*reals_c, *reals_s], self.shapes, list(windows)
 
     def infer(self, passes: Any, parameters: Sequence[Tensor], end: End) -> Tensor:
         """The output alone, when no path is dropped."""
         x, out, shortcut = passes.ends(end)
-        given = (*self._given_weights(parameters), *self._told(x, passes.dtype))
-        if len(x) > 1 and any(norm.training for norm in _all_norms(self.block)):  # they look at the batch
+        given = (*self._weights(parameters), *self._told(x, passes.dtype))
+        if len(x) > 1 and any(norm.training for norm in self.norms):  # they look at the batch
             self.kernel.block(x, *passes.norm, shortcut, end.gamma, None, end.relu, out, *given)
         else:
             self.kernel.infer(x, *passes.norm, shortcut, end.gamma, end.relu, out, *given)
@@ -118,7 +114,7 @@ class KernelBlock:
         """The output for the x of `passes`, and the small tensors."""
         x, out, shortcut = passes.ends(end)
         told = self._told(x, passes.dtype)
-        weights = self._given_weights(parameters)
+        weights = self._weights(parameters)
         found = self.kernel.block(x, *passes.norm, shortcut, end.gamma, drop, end.relu, out, *weights, *told)
         # The backward takes from what is kept how norms measured, not from statistics that have moved on since.
         self.kept, self.told = found[SMALL:], (UNKNOWN, UNKNOWN, *told[2:])
@@ -145,7 +141,7 @@ class KernelBlock:
             needed: Whether the gradient of x is.
         """
         out, gamma, drop = kept
-        given = (*self._given_weights(parameters), *self.told)
+        given = (*self._weights(parameters), *self.told)
         tensors = [*small, *self.kept]
         all_found = self.kernel.block_backward(
             passes.laid_out(g), out, passes.x, passes.trained_norm, gamma, drop, tensors, needed, *given

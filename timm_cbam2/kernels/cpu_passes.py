@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..models.parts_cbam2 import compute_dtype
 from ..models.passes_cbam2 import Affine, End, Small
-from .cpu_block import KernelBlock, serves
+from .cpu_block import KernelBlock
 
 __all__ = ["KernelPasses", "is_dense"]
 
@@ -35,7 +35,8 @@ class KernelPasses:
 
     def whole(self, block: nn.Module, names: tuple[str, ...], count: int) -> KernelBlock | None:
         """Who does all of the block at once, unless torch must do some of it."""
-        return KernelBlock(self.kernel, block, names, count) if serves(block, names, self.dtype) else None
+        by = KernelBlock(self.kernel, block, names, count)
+        return by if by.serves(self.dtype) else None
 
     def laid_out(self, t: Tensor) -> Tensor:
         """As x lies in memory."""

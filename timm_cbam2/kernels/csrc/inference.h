@@ -1,5 +1,5 @@
-// The whole block while nothing is trained: for each sample its maps, its mask and its output one after the other, while
-// the sample lies in the cache. Values are those of `block` to rounding.
+// The whole block while nothing is trained: for a few samples their maps, masks and outputs one after the other, while
+// they lie in the cache. Values are those of `block` to rounding.
 
 #pragma once
 
@@ -16,8 +16,8 @@ class SpatialInference : public SpatialNetwork<A> {
         norm_(by.spatial, spatial_norm, by.of_spatial.router, this->choices()),
         temperature_(temperature_of<A>(by.spatial, spatial_temperature, by.of_spatial.masking)) {}
 
-  // maps (2, H, W) to the mask (H, W); `padded` is room to work in.
-  void mask(const A* maps, Padded<A>& padded, A* to) const {
+  // maps (2, H, W) to what the gate sees (H, W); `padded` is room to work in.
+  void gate_input_of(const A* maps, Padded<A>& padded, A* to) const {
     const Weights& w = by_.spatial;
     std::vector<A> hidden(w[spatial_router].size(0)), mix(w[spatial_router + 2].size(0)), own(this->kernel_size());
     check_choices(mix.size());
@@ -30,7 +30,11 @@ class SpatialInference : public SpatialNetwork<A> {
     softmax(mix.data(), mix.size());
     this->logits(maps, mix.data(), padded, own.data(), to);
     gate_input(to, places_, temperature_, by_.of_spatial.masking);
-    gate_values(at::from_blob(to, {places_}, this->kernels().options()), by_.of_spatial.masking);
+  }
+
+  // That of several samples to their masks, in place.
+  void gate(A* masks, int64_t samples) const {
+    gate_values(at::from_blob(masks, {samples * places_}, this->kernels().options()), by_.of_spatial.masking);
   }
 
  private:
@@ -43,7 +47,9 @@ class SpatialInference : public SpatialNetwork<A> {
   const A temperature_;
 };
 
-// For each sample its maps, its mask and its output.
+constexpr int64_t cached = 1 << 18;  // bytes, of samples that are worked on together
+
+// For a few samples at a time their maps, masks and outputs.
 template <typename T, bool inner, bool normed, bool has_gamma, bool has_shortcut>
 void finish_samples(const Finish<T>& f, const SpatialInference<acc_t<T>>& network, acc_t<T>* maps, acc_t<T>* sa) {
   using A = acc_t<T>;
@@ -52,11 +58,16 @@ void finish_samples(const Finish<T>& f, const SpatialInference<acc_t<T>>& networ
   if (!together) reduce<T, inner, normed, true>(f.s, f.x, f.ca, {}, maps);
   at::parallel_for(0, f.s.batch, 1, [&](int64_t begin, int64_t end) {
     Padded<A> padded = network.room();
-    for (int64_t b = begin; b < end; ++b) {
-      A* of = maps + 2 * b * places;
-      if (together) reduce_sample<T, inner, normed>(f.s, f.x, f.ca + b * channels, b, of);
-      network.mask(of, padded, sa + b * places);
-      if (together) finish_part<T, inner, normed, has_gamma, has_shortcut>(f, b, 0);
+    const int64_t size = places * channels * sizeof(T), few_samples = std::max<int64_t>(1, cached / size);
+    for (int64_t first = begin; first < end; first += few_samples) {
+      const int64_t last = std::min(end, first + few_samples);
+      for (int64_t b = first; b < last; ++b) {
+        A* of = maps + 2 * b * places;
+        if (together) reduce_sample<T, inner, normed>(f.s, f.x, f.ca + b * channels, b, of);
+        network.gate_input_of(of, padded, sa + b * places);
+      }
+      network.gate(sa + first * places, last - first);
+      for (int64_t b = first; together && b < last; ++b) finish_part<T, inner, normed, has_gamma, has_shortcut>(f, b, 0);
     }
   });
   if (!together) finish<T, inner, normed, has_gamma, has_shortcut>(f);
