@@ -34,6 +34,7 @@ def test_what_is_in_it(wheel):
     assert any(name.endswith("licenses/LICENSE") for name in names)
     for tag in ("cifar10", "cifar10_v2", "clutter"):
         assert f"timm_cbam2/checkpoints/resnet20_cbam2.{tag}/model.safetensors" in names
+    assert "timm_cbam2/evidence/claims/README.md" in names and "timm_cbam2/evidence/claims/results.jsonl" not in names
     assert size < 5e6 + 1e6  # the models may take 5 MB
 
 
@@ -66,6 +67,15 @@ def test_it_runs_the_main_job_elsewhere(wheel, run, tmp_path):
     assert settings["lr"] == 5e-4 and settings["pretrained"] and settings["augment"] == "light"
     assert settings["classes"] == list("0123456789")
     assert Image.open(folder / "curves.png").size[0] > 800 and (folder / "report.html").is_file()
+
+    rows = subprocess.run(
+        [python, "-m", "timm_cbam2.evidence.claims", "table"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert rows.returncode == 2 and "repository" in rows.stderr and "Traceback" not in rows.stderr
 
     evaluated = run("evaluate", folder, cwd=tmp_path)
     assert f"{100 * best:.2f} %" in evaluated.out, evaluated

@@ -112,7 +112,9 @@ def table(
     """
     rows = read(results)
     if not rows:
-        raise UserError(f"--results {results} holds no result: `run` makes some")
+        raise UserError(
+            f"--results {results} holds no result: `run` makes some, and those of the project are in its repository"
+        )
     print("\n".join(markdown(rows, control)))
 
 
