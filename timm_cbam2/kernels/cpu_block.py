@@ -34,7 +34,8 @@ class _Part:
         inner = part._modules  # attributes of a module take ten times as long to find
         router = inner.get("router")
         self.part, self.temperature = part, inner["temperature"]
-        self.norms = [None if router is None else router._modules.get("norm"), inner.get("norm")]  # in the kernel's order
+        # In the kernel's order.
+        self.norms = [None if router is None else router._modules.get("norm"), inner.get("norm")]
 
     def weights(self, slots: Slots, temperature: int, parameters: Sequence[Tensor]) -> list[Tensor | None]:
         given = [None if at is None else parameters[at] for at in slots]
