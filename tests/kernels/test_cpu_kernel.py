@@ -76,6 +76,19 @@ def test_norms_beside_every_other_option(training, kernel, monkeypatch):
             torch.testing.assert_close(list(block.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-10)
 
 
+def test_few_and_many_samples_through_its_layers(kernel, threads):
+    threads(2)
+    options = dict(squeeze_norm=True, router_norm=True, mlp_bias=True, router_channels=21)
+    for batch, channels in itertools.product((1, 3, 9, 40), (70, 144)):  # the last batch by torch's products
+        block, x = randomise(Cbam2(channels, rd_channels=24, **options).double()), images((batch, channels, 3, 2))
+        twin = copy.deepcopy(block)
+        got = gradients(block, block, x)
+        expected = gradients(lambda x, twin=twin: twin(x, return_attention=True)[0], twin, x)
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9, msg=str((batch, channels)))
+        torch.testing.assert_close(list(block.buffers()), list(twin.buffers()), rtol=1e-9, atol=1e-10)
+    assert kernel.count("backward") == 8
+
+
 @pytest.mark.parametrize("memory_format", FORMATS)
 def test_gradcheck_and_ties(memory_format, kernel):
     block = randomise(Cbam2(4, rd_channels=2, router_channels=3, kernel_sizes=(3,), dilated=None).double())
