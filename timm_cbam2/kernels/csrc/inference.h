@@ -23,9 +23,9 @@ class SpatialInference : public SpatialNetwork<A> {
     check_choices(mix.size());
     A pooled[4];
     this->pool(maps, pooled);
-    dense_row(w, spatial_router, pooled, by_.maps(), hidden.data());
+    layer(w, spatial_router, pooled, 1, by_.maps(), hidden.data());
     rectify(hidden.data(), hidden.size());
-    dense_row(w, spatial_router + 2, hidden.data(), hidden.size(), mix.data());
+    layer(w, spatial_router + 2, hidden.data(), 1, hidden.size(), mix.data());
     norm_.apply(mix.data());
     softmax(mix.data(), mix.size());
     this->logits(maps, mix.data(), padded, own.data(), to);

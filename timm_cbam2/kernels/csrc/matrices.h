@@ -66,17 +66,23 @@ void combine(const A* c, int64_t over, int64_t along, const A* m, int64_t count,
   });
 }
 
-// Rows (B, n) through a layer, the `at`th, whose bias is the next.
+// Rows (rows, n) through a layer, the `at`th, whose bias is the next.
+template <typename A>
+void layer(const Weights& w, size_t at, const A* x, int64_t rows, int64_t n, A* to) {
+  const int64_t out = w[at].size(0);
+  through(x, w.data<A>(at, out * n), w.has(at + 1) ? w.data<A>(at + 1, out) : nullptr, rows, n, out, to);
+}
+
+// The same, by torch where there are many of them.
 template <typename A>
 Tensor dense(const Weights& w, size_t at, const Tensor& x) {
   const int64_t rows = x.size(0), n = x.size(1), out = w[at].size(0);
-  const A *weight = w.data<A>(at, out * n), *bias = w.has(at + 1) ? w.data<A>(at + 1, out) : nullptr;
   if (rows > few_rows && rows * n * out > few) {
     const Tensor turned = w.matrix(at).t();
-    return bias ? at::addmm(w[at + 1], x, turned) : at::mm(x, turned);
+    return w.has(at + 1) ? at::addmm(w[at + 1], x, turned) : at::mm(x, turned);
   }
   Tensor y = at::empty({rows, out}, x.options());
-  through(x.const_data_ptr<A>(), weight, bias, rows, n, out, y.data_ptr<A>());
+  layer(w, at, x.const_data_ptr<A>(), rows, n, y.data_ptr<A>());
   return y;
 }
 

@@ -24,18 +24,6 @@ A mean_of(const A* x, int64_t n) {
   return static_cast<A>(total / n);
 }
 
-// Numbers (n,) through a layer, the `at`th, whose bias is the next.
-template <typename A>
-void dense_row(const Weights& w, size_t at, const A* x, int64_t n, A* to) {
-  const int64_t out = w[at].size(0);
-  const A *weight = w.data<A>(at, out * n), *bias = w.has(at + 1) ? w.data<A>(at + 1, out) : nullptr;
-  for (int64_t o = 0; o < out; ++o) {
-    A total = bias ? bias[o] : A(0);
-    for (int64_t i = 0; i < n; ++i) total += weight[o * n + i] * x[i];
-    to[o] = total;
-  }
-}
-
 template <typename A>
 void rectify(A* x, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < 0 ? A(0) : x[i];
