@@ -13,6 +13,7 @@ from randomise import randomise
 from reference import reference
 
 from timm_cbam2 import Cbam2, disable_cpu_kernel, enable_cpu_kernel, resolve_options
+from timm_cbam2.models.residual_cbam2 import branch_end
 
 
 @pytest.mark.parametrize("memory_format", FORMATS)
@@ -128,6 +129,29 @@ def finished(x, shortcut):
     identity = Cbam2(x.shape[1], gate="unit_sigmoid")
     with torch.no_grad():
         return identity(x, shortcut=shortcut)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_batchnorm_in_training_is_torchs(dtype, memory_format, kernel):
+    """The kernel's passes normalise; at the identity the output and what BatchNorm keeps are torch's, bit for bit."""
+    wide = torch.promote_types(dtype, torch.float32)
+    own = torch.nn.BatchNorm2d(6, momentum=0.3, dtype=wide)
+    block = Cbam2(6, gate="unit_sigmoid", squeeze_norm=True, router_norm=True, dtype=wide)
+    plain, (z, shortcut) = copy.deepcopy(own), images((2, 4, 6, 7, 5), dtype)
+    z, shortcut = (t.to(memory_format=FORMATS[memory_format]).requires_grad_() for t in (z, shortcut))
+    for _ in range(2):
+        out = branch_end(block, z, shortcut, own, act=torch.nn.ReLU())
+        expected = (plain(z) + shortcut).relu()
+        assert torch.equal(out, expected)
+        assert all(torch.equal(*pair) for pair in zip(own.buffers(), plain.buffers()))
+    found, wanted = (
+        torch.autograd.grad(o.double().square().sum(), [z, shortcut, n.weight, n.bias])
+        for o, n in ((out, own), (expected, plain))
+    )
+    size = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 0.05}[dtype]
+    torch.testing.assert_close(found, wanted, rtol=size, atol=size)
+    assert kernel.count("backward") == 1
 
 
 def test_not_a_number_is_not_hidden(kernel):
