@@ -68,14 +68,14 @@ def test_it_runs_the_main_job_elsewhere(wheel, run, tmp_path):
     assert settings["classes"] == list("0123456789")
     assert Image.open(folder / "curves.png").size[0] > 800 and (folder / "report.html").is_file()
 
-    rows = subprocess.run(
+    table = subprocess.run(
         [python, "-m", "timm_cbam2.evidence.claims", "table"],
         cwd=tmp_path,
         env=environment,
         capture_output=True,
         text=True,
     )
-    assert rows.returncode == 2 and "repository" in rows.stderr and "Traceback" not in rows.stderr
+    assert table.returncode == 2 and "repository" in table.stderr and "Traceback" not in table.stderr
 
     evaluated = run("evaluate", folder, cwd=tmp_path)
     assert f"{100 * best:.2f} %" in evaluated.out, evaluated

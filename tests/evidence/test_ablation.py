@@ -133,7 +133,7 @@ def test_what_is_asked_for_is_found_or_refused():
     jobs = list(grid.jobs("x.parquet", ["controls"]))
     assert [j.seed for j in jobs] == sorted(j.seed for j in jobs) and len(
         jobs
-    ) == 21  # every control before a next seed
+    ) == 24  # every control before a next seed
     assert {j.name for j in grid.jobs("x", ["controls"], ["plain"], [1])} == {"plain-seed1"}
     every = [j.name for j in grid.jobs("x")]
     assert len(set(every)) == len(every)

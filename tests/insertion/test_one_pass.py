@@ -35,7 +35,7 @@ def test_the_block_ends_the_branch_in_one_pass(name, training, monkeypatch):
         # transformers' own stochastic depth, which is not timm's, is called
         dropping = sum(type(module).__name__ == "ConvNextDropPath" for module in model.modules()) if training else 0
         one_pass = 0 if watched else len(blocks(model)) - dropping
-        assert len([args for args in ended if args[2].shortcut is not None]) == one_pass
+        assert len([args for args in ended if args[3].shortcut is not None]) == one_pass
         ended.clear()
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)  # norms over few values magnify
