@@ -92,7 +92,7 @@ class _Passes:
     """What `use_passes` is given."""
 
     def __call__(self, x: torch.Tensor, affine: Affine | None, owned: bool) -> KernelPasses | None:
-        if not is_dense(x) or (affine is not None and not _rounds_as_torch(x.dtype)):
+        if not (is_dense(x) if affine is None else self.normalises(x)):
             return None
         return KernelPasses(x, affine, torch.ops.timm_cbam2_cpu, owned)
 

@@ -19,8 +19,8 @@ class SpatialInference : public SpatialNetwork<A> {
   // maps (2, H, W) to what the gate sees (H, W); `padded` is room to work in.
   void gate_input_of(const A* maps, Padded<A>& padded, A* to) const {
     const Weights& w = by_.spatial;
-    std::vector<A> hidden(w[spatial_router].size(0)), mix(w[spatial_router + 2].size(0)), own(this->kernel_size());
-    check_choices(mix.size());
+    std::vector<A> hidden(w[spatial_router].size(0)), mix(this->choices()), own(this->kernel_size());
+    check_count(w[spatial_router + 2], mix.size() * hidden.size());
     A pooled[4];
     this->pool(maps, pooled);
     layer(w, spatial_router, pooled, 1, by_.maps(), hidden.data());
@@ -38,9 +38,6 @@ class SpatialInference : public SpatialNetwork<A> {
   }
 
  private:
-  void check_choices(int64_t count) const {
-    TORCH_CHECK(count == this->choices(), "cbam2: a layer of the block does not fit those around it");
-  }
   const Block& by_;
   const int64_t places_;
   const Scaling<A> norm_;

@@ -11,9 +11,9 @@
 
 namespace {
 
-constexpr int64_t few_rows = 64;         // beyond which torch's products are faster
-constexpr int64_t few = 16384;           // products that one thread does before another one has begun
-constexpr size_t at_once = 8;            // so many sums stay in registers
+constexpr int64_t few_rows = 64;  // beyond which torch's products serve
+constexpr int64_t few = 16384;    // products that one thread does before another one has begun
+constexpr size_t at_once = 8;     // so many sums stay in registers
 
 // body(first, number of them as a constant) for all of n, `most` at a time while there are so many.
 template <size_t most, typename F>

@@ -1,5 +1,6 @@
 // The small networks between the readings, forward and backward: what models/small_cbam2.py and
-// models/small_backward_cbam2.py do, without learned maps. All of it are loops: an operation of torch's takes longer to begin than most of these to end.
+// models/small_backward_cbam2.py do, without learned maps. They are loops: an operation of torch's takes longer to begin
+// than most of these to end.
 
 #pragma once
 
