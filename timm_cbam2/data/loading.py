@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torchvision.transforms import Compose, RandomCrop, Resize
 
 from ..errors import UserError, one_line
 from ..models.saved_cbam2 import input_channels
@@ -37,8 +39,10 @@ AUGMENT = {
     "none": dict(no_aug=True),
     # Keeps what is written in the image: for digits, letters, signs, anything with a handedness.
     "light": dict(scale=(0.7, 1.0), ratio=(0.9, 1.1), hflip=0.0, color_jitter=None),
-    # Mirrors and crops little: for small pictures that the subject fills, such as CIFAR's.
+    # Mirrors and crops little: for pictures that the subject fills.
     "mild": dict(scale=(0.6, 1.0), ratio=(0.9, 1.1), color_jitter=None),
+    # Mirrors and moves by up to an eighth, and resamples nothing: for small pictures, such as CIFAR's.
+    "padded": dict(color_jitter=None),
     "standard": dict(),  # timm's own: random resized crop, horizontal flip, colour jitter
 }
 
@@ -92,9 +96,18 @@ def build_transform(config: dict[str, Any], augment: str | None = None, **more: 
     if augment is not None and (augment != "none" or more):
         options |= dict(is_training=True, no_aug=augment == "none") | AUGMENT[augment]
     try:
-        return create_transform(**options | more)
+        transform = create_transform(**options | more)
     except (AssertionError, ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"timm knows no such augmentation {more}: {one_line(error, 150)}") from error
+    if augment == "padded":
+        transform.transforms[0] = _moved(config["input_size"][1:], config["interpolation"])  # was a resized crop
+    return transform
+
+
+def _moved(size: tuple[int, int], interpolation: str) -> Any:
+    """An image at `size` (H, W), moved by up to an eighth of it each way, as in "Deep Residual Learning", 4.2."""
+    resize = Resize(size, str_to_interp_mode("bilinear" if interpolation == "random" else interpolation))
+    return Compose([resize, RandomCrop(size, padding=(size[1] // 8, size[0] // 8))])
 
 
 class ImageDataset(Dataset):

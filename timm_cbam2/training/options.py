@@ -131,7 +131,9 @@ class Options:
         bool, _option(MODEL, "Memory format; often faster.", "--channels-last/--no-channels-last")
     ] = False
     compile: Annotated[bool, _option(MODEL, "torch.compile the model.", "--compile/--no-compile")] = False
-    augment: Annotated[str, _option(AUG, "none, light (no mirroring), mild, standard (timm's), or auto.")] = "auto"
+    augment: Annotated[
+        str, _option(AUG, "none, light (no mirroring), mild, padded (CIFAR's), standard (timm's), or auto.")
+    ] = "auto"
     auto_augment: Annotated[str | None, _option(AUG, "timm's, such as rand-m9-mstd0.5-inc1.")] = None
     random_erasing: Annotated[float, _option(AUG, "Probability of erasing a part.", min=0.0, max=1.0)] = 0.0
     aug_repeats: Annotated[int, _option(AUG, "Times in a row that an image occurs, augmented anew.", min=1)] = 1
