@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from timm_cbam2 import Cbam2
-from timm_cbam2.models.compiled_cbam2 import normalised, squeezes_of
+from timm_cbam2.models.compiled_cbam2 import Source, normalised, squeezes_of
 from timm_cbam2.models.residual_cbam2 import BottleneckCbam2
 
 
@@ -67,7 +67,7 @@ def test_a_batch_far_from_zero_is_measured_as_torch_does():
     """In one reading, of numbers whose squares would leave nothing of their variance."""
     z = 1000 + torch.randn(4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
     norms = [torch.nn.BatchNorm2d(3), torch.nn.BatchNorm2d(3)]
-    own, torchs = normalised(norms[0], z), norms[1](z)
+    own, torchs = normalised(norms[0], z).x, norms[1](z)
     torch.testing.assert_close(own, torchs, atol=1e-3, rtol=0)
     torch.testing.assert_close(norms[0].running_var, norms[1].running_var, atol=1e-3, rtol=1e-3)
 
@@ -79,7 +79,7 @@ def test_positions_that_share_the_maximum_share_its_gradient(memory_format):
     x = x.contiguous(memory_format=memory_format).requires_grad_()
     weights = torch.arange(1.0, 9.0, dtype=torch.float64).view(2, 4)
     found = []
-    for average, largest in (squeezes_of(x), (x.mean((2, 3)), x.amax((2, 3)))):
+    for average, largest in (squeezes_of(Source(x)), (x.mean((2, 3)), x.amax((2, 3)))):
         (grad,) = torch.autograd.grad((average * weights + largest * weights.square()).sum(), x)
         found.append((average, largest, grad))
     for own, torchs in zip(*found):

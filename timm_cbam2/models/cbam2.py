@@ -17,7 +17,7 @@ import torch.nn as nn
 from timm.layers import register_notrace_module
 
 from .channel_cbam2 import ChannelAttn
-from .compiled_cbam2 import apply_masks, is_compiled, maps_of, squeezes_of
+from .compiled_cbam2 import Source, apply_masks, is_compiled, maps_of, squeezes_of
 from .decisions_cbam2 import statistics_kept
 from .fused_cbam2 import fused, fused_without_grad, needs_gradient
 from .fusible_cbam2 import may_fuse, named_weights
@@ -184,12 +184,8 @@ class Cbam2(nn.Module):
         if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != channels):
             raise ValueError(f"Features of shape {tuple(x.shape)} do not fit; give x as (B, {channels}, H, W).")
         if not return_attention:
-            if (
-                is_compiled()
-                and self.spatial.learned is None
-                and not (has_hooks(self.channel) or has_hooks(self.spatial))
-            ):
-                return _end(self._compiled(x), shortcut, act)
+            if is_compiled() and self.compiles:
+                return _end(self.of_source(Source(x)), shortcut, act)
             named = named_weights(self) if may_fuse(self, x) else None
             if named is None:
                 return _end(self.spatial(self.channel(x)), shortcut, act)
@@ -200,13 +196,21 @@ class Cbam2(nn.Module):
         out, spatial_mask, router_weights = self.spatial(y, return_attention=True)
         return _end(out, shortcut, act), CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)
 
-    def _compiled(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for torch.compile: both masks at once."""
-        with no_autocast(x):
-            mask, _ = self.channel.mask_of(*squeezes_of(x))
-            ca = as_dtype(mask, x.dtype)[:, :, None, None]
-            sa, _ = self.spatial.decide(maps_of(x, ca), x.dtype)
-            return apply_masks(x, ca, sa)
+    @torch.jit.unused
+    @property
+    def compiles(self) -> bool:
+        """Whether `of_source` does what `forward` does."""
+        return self.spatial.learned is None and not (has_hooks(self.channel) or has_hooks(self.spatial))
+
+    @torch.jit.unused
+    def of_source(self, source: Source) -> torch.Tensor:
+        """`forward` for torch.compile: both masks at once, and a BatchNorm before them."""
+        dtype = source.z.dtype
+        with no_autocast(source.z):
+            mask, _ = self.channel.mask_of(*squeezes_of(source))
+            ca = as_dtype(mask, dtype)[:, :, None, None]
+            sa, _ = self.spatial.decide(maps_of(source, ca), dtype)
+            return apply_masks(source, ca, sa)
 
 
 def _end(y: torch.Tensor, shortcut: Optional[torch.Tensor], act: Any) -> torch.Tensor:

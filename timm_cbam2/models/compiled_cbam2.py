@@ -14,14 +14,14 @@ A ResNet's block then costs 5 readings and writings of them in inference and 25 
 and 15, and with what autograd and inductor make of the block as it is written, 7 and 33.
 """
 
-from typing import Any, Optional, Tuple
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
 
 from .parts_cbam2 import as_dtype, compute_dtype, has_hooks, mean_in
 
-__all__ = ["apply_masks", "is_compiled", "maps_of", "normalised", "squeezes_of"]
+__all__ = ["Source", "apply_masks", "is_compiled", "maps_of", "normalised", "squeezes_of", "stored"]
 
 
 def is_compiled() -> bool:
@@ -36,92 +36,165 @@ def _over_positions(t: torch.Tensor, dtype: Optional[torch.dtype] = None, batch:
     return t.sum(3, True, dtype=dtype).sum((0, 2) if batch else 2, True)
 
 
+class Source(NamedTuple):
+    """What the attention sees: z (B, C, H, W), or (z − mean)·scale + bias, each (1, C, 1, 1), which is never stored."""
+
+    z: torch.Tensor
+    scale: Optional[torch.Tensor] = None
+    bias: Optional[torch.Tensor] = None
+    mean: Optional[torch.Tensor] = None
+    ready: Optional[torch.Tensor] = None  # (2, C, 1, 1): what z is multiplied by, and what is added
+
+    @property
+    def x(self) -> torch.Tensor:
+        return _made(self.z, self.ready)
+
+
+def _made(z: torch.Tensor, ready: Optional[torch.Tensor]) -> torch.Tensor:
+    return z if ready is None else as_dtype(z * ready[:1] + ready[1:], z.dtype)
+
+
+class _Sums(NamedTuple):
+    """Of a gradient g of x by sample and channel, (B, C, 1, 1) each."""
+
+    alone: torch.Tensor  # Σ g
+    along: torch.Tensor  # Σ g·(z − mean)
+
+    def by_product(self, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        """Σ g·x"""
+        return self.along * scale + self.alone * bias
+
+
 class _Squeezes(torch.autograd.Function):
     """The average and the maximum over positions, (B, C, 1, 1) each."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        average, largest = _squeezes(x)
-        ctx.save_for_backward(x, largest)
+    def forward(ctx: Any, z: torch.Tensor, scale: Any, bias: Any, mean: Any, ready: Any) -> Tuple[torch.Tensor, ...]:
+        average, largest, away = _squeezes(Source(z, scale, bias, mean, ready))
+        ctx.save_for_backward(z, scale, mean, ready, largest, away)
         return average, largest
 
     @staticmethod
-    def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> torch.Tensor:
-        x, largest = ctx.saved_tensors
-        dtype = largest.dtype
-        ties = _over_positions(as_dtype(as_dtype(x, dtype) >= largest, dtype))
-        average, share = g_average / (x.shape[2] * x.shape[3]), g_largest / ties.clamp(min=1)
-        zero = torch.zeros((), dtype=dtype, device=x.device)
-        return as_dtype(torch.where(as_dtype(x, dtype) == largest, share, zero) + average, x.dtype)
+    def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> Tuple[Any, ...]:
+        z, scale, mean, ready, largest, away = ctx.saved_tensors
+        dtype, places = largest.dtype, z.shape[2] * z.shape[3]
+        zero = torch.zeros((), dtype=dtype, device=z.device)
+        at_top = as_dtype(_made(z, ready), dtype) >= largest
+        ties = _over_positions(as_dtype(at_top, dtype)).clamp(min=1)
+        average, share = g_average / places, g_largest / ties
+        g = torch.where(as_dtype(_made(z, ready), dtype) == largest, share, zero) + average
+        if scale is None:
+            return as_dtype(g, z.dtype), None, None, None, None
+        top = _over_positions(torch.where(at_top, z - mean, zero))
+        g_scale = (share * top + g_average * away).sum(0, True)
+        return as_dtype(g * scale, z.dtype), g_scale, (g_average + g_largest).sum(0, True), None, None
 
 
 class _Maps(torch.autograd.Function):
     """The average and the maximum over channels of x·ca, (B, 1, H, W) each, for ca (B, C, 1, 1)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ca: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        average, largest = _maps(x, ca)
-        ctx.save_for_backward(x, ca, largest)
+    def forward(ctx: Any, z: torch.Tensor, scale: Any, bias: Any, mean: Any, ready: Any, ca: torch.Tensor) -> Any:
+        average, largest = _maps(_made(z, ready), ca)
+        ctx.save_for_backward(z, scale, bias, mean, ready, ca, largest)
         return average, largest
 
     @staticmethod
-    def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        x, ca, largest = ctx.saved_tensors
+    def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> Tuple[Any, ...]:
+        z, scale, bias, mean, ready, ca, largest = ctx.saved_tensors
         dtype = largest.dtype
-        zero = torch.zeros((), dtype=dtype, device=x.device)
+        x = _made(z, ready)
+        zero = torch.zeros((), dtype=dtype, device=z.device)
         ties = as_dtype(largest <= as_dtype(ca * x, dtype), dtype).sum(1, True)
-        average, share = g_average / x.shape[1], g_largest / ties.clamp(min=1)
-        g_y = average + torch.where(as_dtype(ca * x, dtype) >= largest, share, zero)
+        average, share = g_average / z.shape[1], g_largest / ties.clamp(min=1)
+        g = average + torch.where(as_dtype(ca * x, dtype) >= largest, share, zero)
         again = torch.where(as_dtype(ca * x, dtype) == largest, share, zero) + average
-        return as_dtype(g_y * ca, x.dtype), as_dtype(_over_positions(again * x), ca.dtype)
+        once_more = torch.where(largest == as_dtype(ca * x, dtype), share, zero) + average
+        return _product_gradients(z, scale, bias, mean, ca, g * ca, again, once_more)
 
 
 class _Masked(torch.autograd.Function):
     """x·ca·sa, for ca (B, C, 1, 1) and sa (B, 1, H, W)."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, ca: torch.Tensor, sa: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(x, ca, sa)
-        return x * (ca * sa)
+    def forward(
+        ctx: Any, z: torch.Tensor, scale: Any, bias: Any, mean: Any, ready: Any, ca: torch.Tensor, sa: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(z, scale, bias, mean, ready, ca, sa)
+        return _made(z, ready) * (ca * sa)
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x, ca, sa = ctx.saved_tensors
-        dtype = compute_dtype(x)
-        of_ca = _over_positions(as_dtype(x, dtype) * g * sa)
-        of_sa = (as_dtype(g, dtype) * x * ca).sum(1, True)
-        return (g * sa) * ca, as_dtype(of_ca, ca.dtype), as_dtype(of_sa, sa.dtype)
+    def backward(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
+        z, scale, bias, mean, ready, ca, sa = ctx.saved_tensors
+        dtype = compute_dtype(z)
+        of_sa = (as_dtype(g, dtype) * _made(z, ready) * ca).sum(1, True)
+        found = _product_gradients(z, scale, bias, mean, ca, (g * sa) * ca, *[sa * as_dtype(g, dtype)] * 2)
+        return (*found, as_dtype(of_sa, sa.dtype))
 
 
-class _Normalised(torch.autograd.Function):
-    """As BatchNorm in training; mean, invstd, weight and bias are (1, C, 1, 1)."""
+def _product_gradients(
+    z: torch.Tensor,
+    scale: Any,
+    bias: Any,
+    mean: Any,
+    ca: torch.Tensor,
+    g_x: torch.Tensor,
+    g: torch.Tensor,
+    again: torch.Tensor,
+) -> Tuple[Any, ...]:
+    """The gradients of z, scale, bias, none for mean and ready, and of ca, from g, that of x·ca, and g_x = g·ca."""
+    if scale is None:
+        return as_dtype(g_x, z.dtype), None, None, None, None, as_dtype(_over_positions(g * z), ca.dtype)
+    sums = _Sums(_over_positions(again), _over_positions(g * (z - mean)))
+    g_scale, g_bias = ((ca * t).sum(0, True) for t in (sums.along, sums.alone))
+    g_ca = as_dtype(sums.along * scale + sums.alone * bias, ca.dtype)
+    return as_dtype(g_x * scale, z.dtype), g_scale, g_bias, None, None, g_ca
+
+
+class _Measured(torch.autograd.Function):
+    """What a BatchNorm in training makes of its batch: scale and bias; all but z are (1, C, 1, 1)."""
 
     @staticmethod
     def forward(ctx: Any, z: torch.Tensor, mean: torch.Tensor, invstd: torch.Tensor, weight: Any, bias: Any) -> Any:
         scale = weight * invstd
         ctx.save_for_backward(z, mean, invstd, scale)
-        return _scaled(z, scale, bias - mean * scale)
+        return scale, bias.clone()
 
     @staticmethod
-    def backward(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
+    def backward(ctx: Any, g_scale: torch.Tensor, g_bias: torch.Tensor) -> Tuple[Any, ...]:
         z, mean, invstd, scale = ctx.saved_tensors
         count = z.numel() // z.shape[1]
-        g_bias = _over_positions(g, mean.dtype, batch=True)
-        g_weight = _over_positions(g * (z - mean), batch=True) * invstd
-        off, slope = torch.cat([g_bias / count, g_weight * invstd / count]).split(1)
-        return as_dtype((g - off - (z - mean) * slope) * scale, z.dtype), None, None, g_weight, g_bias
+        g_weight = g_scale * invstd
+        off, slope = torch.cat([scale * g_bias / count, scale * g_weight * invstd / count]).split(1)
+        return as_dtype((mean - z) * slope - off, z.dtype), None, None, g_weight, g_bias
 
 
-def _squeezes(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    dtype = compute_dtype(x)
-    average = _over_positions(x, dtype) / (x.shape[2] * x.shape[3])
+class _Stored(torch.autograd.Function):
+    """x, whose gradient is stored: several loops read it, and inductor would make it anew in each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: torch.Tensor) -> torch.Tensor:
+        return g.as_strided(g.shape, g.stride())
+
+
+def _squeezes(s: Source) -> Tuple[torch.Tensor, ...]:
+    """The average and the maximum of x over positions, and the average of z − mean."""
+    dtype, x = compute_dtype(s.z), s.x
     largest = x.amax(3, True).amax(2, True) if x.device.type == "cpu" else x.amax((2, 3), True)
-    return average, as_dtype(largest, dtype)
+    away = average = _over_positions(s.z, dtype) / (x.shape[2] * x.shape[3])
+    if s.ready is not None:
+        away = average - s.mean
+        average = away * s.scale + s.bias
+    return average, as_dtype(largest, dtype), away
 
 
-def squeezes_of(x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-    """The average and the maximum over positions of x (B, C, H, W), (B, C) each."""
-    average, largest = _Squeezes.apply(x) if torch.is_grad_enabled() else _squeezes(x)
+def squeezes_of(s: Source) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The average and the maximum over positions of x, (B, C) each."""
+    average, largest = (_Squeezes.apply(*s) if torch.is_grad_enabled() else _squeezes(s))[:2]
     return average.flatten(1), largest.flatten(1)
 
 
@@ -130,19 +203,24 @@ def _maps(x: torch.Tensor, ca: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor
     return mean_in(y, [1], dtype, True), as_dtype(y.amax(1, True), dtype)
 
 
-def maps_of(x: torch.Tensor, ca: torch.Tensor) -> torch.Tensor:
+def maps_of(s: Source, ca: torch.Tensor) -> torch.Tensor:
     """The average and the maximum over channels of x·ca, (B, 2, H, W), for ca (B, C, 1, 1)."""
-    return torch.cat(_Maps.apply(x, ca) if torch.is_grad_enabled() else _maps(x, ca), 1)
+    return torch.cat(_Maps.apply(*s, ca) if torch.is_grad_enabled() else _maps(s.x, ca), 1)
 
 
-def apply_masks(x: torch.Tensor, ca: torch.Tensor, sa: torch.Tensor) -> torch.Tensor:
+def apply_masks(s: Source, ca: torch.Tensor, sa: torch.Tensor) -> torch.Tensor:
     """x·ca·sa, for ca (B, C, 1, 1) and sa (B, 1, H, W)."""
-    return _Masked.apply(x, ca, sa) if torch.is_grad_enabled() else x * (ca * sa)
+    return _Masked.apply(*s, ca, sa) if torch.is_grad_enabled() else s.x * (ca * sa)
 
 
-def _scaled(z: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    ready = torch.cat([scale, shift])  # which inductor stores
-    return as_dtype(z * ready[:1] + ready[1:], z.dtype)
+@torch.compiler.allow_in_graph
+def _stored(x: torch.Tensor) -> torch.Tensor:
+    return _Stored.apply(x)
+
+
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """x, of which several loops of the backward read the gradient."""
+    return _stored(x).clone() if torch.is_grad_enabled() else x  # a clone may be overwritten by an activation
 
 
 def _own(norm: Any, z: torch.Tensor) -> bool:
@@ -170,24 +248,25 @@ def _var_mean(z: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
     return (second - first * first).clamp(min=0), near - first
 
 
-def normalised(norm: Optional[nn.Module], z: torch.Tensor) -> torch.Tensor:
+def normalised(norm: Optional[nn.Module], z: torch.Tensor) -> Source:
     """norm(z), for z (B, C, H, W); z itself where norm is None."""
-    if norm is None:
-        return z
-    if not _own(norm, z):
-        return norm(z)
+    if norm is None or not _own(norm, z) or (norm.training and z.numel() == z.shape[1]):
+        return Source(z if norm is None else norm(z))
     weight, bias = norm.weight.view(1, -1, 1, 1), norm.bias.view(1, -1, 1, 1)
     if not norm.training:
         mean, var = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
-        scale = weight * torch.rsqrt(var + norm.eps)
-        return _scaled(z, scale, bias - mean * scale)
+        return _source(z, weight * torch.rsqrt(var + norm.eps), bias, mean)
     count = z.numel() // z.shape[1]
-    if count == 1:
-        return norm(z)  # which refuses
     with torch.no_grad():
         var, mean = _var_mean(as_dtype(z, compute_dtype(z)))
         norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.view(-1), norm.momentum)
         norm.running_var.lerp_(var.view(-1) * (count / (count - 1)), norm.momentum)
         invstd = torch.rsqrt(var + norm.eps)
-    return _Normalised.apply(z, mean, invstd, weight, bias)
+    return _source(z, *_Measured.apply(z, mean, invstd, weight, bias), mean)
+
+
+def _source(z: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor) -> Source:
+    with torch.no_grad():
+        ready = torch.cat([scale, bias - mean * scale])  # which inductor stores
+    return Source(z, scale, bias, mean, ready)

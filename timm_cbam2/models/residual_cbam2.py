@@ -15,7 +15,7 @@ import torch.nn as nn
 from timm.layers import DropPath
 from timm.models.resnet import BasicBlock, Bottleneck
 
-from .compiled_cbam2 import is_compiled, normalised
+from .compiled_cbam2 import is_compiled, normalised, stored
 from .fused_cbam2 import fused, fused_without_grad, needs_gradient, train_affine
 from .fusible_cbam2 import may_fuse, named_weights
 from .parts_cbam2 import compute_dtype, has_hooks, is_traced
@@ -128,7 +128,10 @@ def branch_end(
         fresh: Nobody else holds z, so that it may be overwritten where nothing needs a gradient.
     """
     if is_compiled():
-        return _steps(attn(normalised(norm, z)), shortcut, gamma, drop_path, act)
+        own = getattr(attn, "compiles", False) and "forward" not in attn.__dict__ and not has_hooks(attn)
+        branch = attn.of_source(normalised(norm, z)) if own else attn(z if norm is None else norm(z))
+        out = stored(_steps(branch, shortcut, gamma, drop_path, None))
+        return out if act is None else act(out)
     named = named_weights(attn)
     if named is None:  # somebody else's part in it
         return _steps(attn.forward(z if norm is None else norm(z)), shortcut, gamma, drop_path, act)
