@@ -12,7 +12,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 
 from timm_cbam2 import Cbam2
-from timm_cbam2.models.compiled_cbam2 import Source, normalised, squeezes_of
+from timm_cbam2.models.compiled_cbam2 import Source, apply_masks, maps_of, normalised, squeezes_of
 from timm_cbam2.models.residual_cbam2 import BottleneckCbam2
 
 
@@ -84,6 +84,40 @@ def test_positions_that_share_the_maximum_share_its_gradient(memory_format):
         found.append((average, largest, grad))
     for own, torchs in zip(*found):
         torch.testing.assert_close(own, torchs)
+
+
+@pytest.mark.parametrize("whole_numbers", [False, True], ids=["of its own size", "in many equal numbers"])
+def test_a_norm_that_is_never_stored_has_torchs_gradients(whole_numbers):
+    """Of one after the other: the norm, both squeezes, both maps, both masks; with weights below zero and at zero."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.float64) * 3 + 7
+    z = z.round() if whole_numbers else z
+    weight = torch.tensor([1.5, -0.7, 0.0, 0.2], dtype=torch.float64)
+    of_squeezes, of_maps = (torch.randn(2, 4, generator=generator, dtype=torch.float64) for _ in range(2))
+
+    def ours(norm, z):
+        source = normalised(norm, z)
+        squeezes = squeezes_of(source)
+        ca = ((squeezes[0] * of_squeezes[0] + squeezes[1] * of_squeezes[1]).sigmoid() * 2)[:, :, None, None]
+        sa = (maps_of(source, ca) * of_maps[0, :2, None, None]).sum(1, True).sigmoid() * 2
+        return apply_masks(source, ca, sa)
+
+    def torchs(norm, z):
+        x = norm(z)
+        squeezes = x.mean((2, 3)), x.amax((2, 3))
+        ca = ((squeezes[0] * of_squeezes[0] + squeezes[1] * of_squeezes[1]).sigmoid() * 2)[:, :, None, None]
+        maps = torch.cat([(x * ca).mean(1, True), (x * ca).amax(1, True)], 1)
+        return x * ca * (maps * of_maps[0, :2, None, None]).sum(1, True).sigmoid() * 2
+
+    found = []
+    for way in (ours, torchs):
+        norm, given = torch.nn.BatchNorm2d(4, dtype=torch.float64), z.clone().requires_grad_()
+        norm.weight.data.copy_(weight)
+        norm.bias.data.copy_(of_maps[1])
+        out = way(norm, given)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), [given, norm.weight, norm.bias]), norm.running_var])
+    for own, expected in zip(*found):
+        torch.testing.assert_close(own, expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 keeps one tensor more: slower, not wrong")

@@ -203,14 +203,14 @@ class Cbam2(nn.Module):
         return self.spatial.learned is None and not (has_hooks(self.channel) or has_hooks(self.spatial))
 
     @torch.jit.unused
-    def of_source(self, source: Source) -> torch.Tensor:
-        """`forward` for torch.compile: both masks at once, and a BatchNorm before them."""
+    def of_source(self, source: Source, gamma: Optional[torch.Tensor] = None) -> torch.Tensor:
+        """`forward` for torch.compile, times gamma (C,), of the same dtype: both masks at once, a BatchNorm before them."""
         dtype = source.z.dtype
         with no_autocast(source.z):
             mask, _ = self.channel.mask_of(*squeezes_of(source))
             ca = as_dtype(mask, dtype)[:, :, None, None]
             sa, _ = self.spatial.decide(maps_of(source, ca), dtype)
-            return apply_masks(source, ca, sa)
+            return apply_masks(source, ca if gamma is None else ca * gamma.view(1, -1, 1, 1), sa)
 
 
 def _end(y: torch.Tensor, shortcut: Optional[torch.Tensor], act: Any) -> torch.Tensor:

@@ -3,14 +3,16 @@
 What costs is each tensor of that size which is written to be read again. Inductor computes a value anew in each loop
 that needs it, unless it is made of more than four tensors or is used twice by one expression; and it keeps for the
 backward what the forward would otherwise have to compute behind a matrix product, whatever that is. So BatchNorm is one
-multiplication and addition by numbers that lie ready, and the products with the masks have backwards of their own, in
-which no expression is one of the forward's, or another's of the same kind (else they would become one, and be stored):
-the same product is once x·ca and once ca·x, the same comparison once =, once >=.
+multiplication and addition by numbers that lie ready, whose gradients are sums by sample and channel that the masks'
+need anyway; and the products with the masks have backwards of their own, in which no expression is one of the
+forward's, or another's of the same kind (else they would become one, and be stored): the same product is once x·ca and
+once ca·x, the same comparison once =, once >=. The gradient that comes to a block is a sum of several tensors, and is
+read in every loop: that one is stored.
 
 Sums over positions are made in two steps, row by row, on a CPU: over both axes at once inductor walks through the whole
 image for every few channels, and finds nothing of it in the caches again.
 
-A ResNet's block then costs 5 readings and writings of them in inference and 25 in training; with SE 6 and 21, plain 3
+A ResNet's block then costs 5 readings and writings of them in inference and 20 in training; with SE 6 and 21, plain 3
 and 15, and with what autograd and inductor make of the block as it is written, 7 and 33.
 """
 
@@ -37,118 +39,99 @@ def _over_positions(t: torch.Tensor, dtype: Optional[torch.dtype] = None, batch:
 
 
 class Source(NamedTuple):
-    """What the attention sees: z (B, C, H, W), or (z − mean)·scale + bias, each (1, C, 1, 1), which is never stored."""
+    """What the attention sees: x = z (B, C, H, W), or x = (z − mean)·scale + bias, which is never stored."""
 
     z: torch.Tensor
-    scale: Optional[torch.Tensor] = None
+    scale: Optional[torch.Tensor] = None  # (1, C, 1, 1), as bias and mean
     bias: Optional[torch.Tensor] = None
     mean: Optional[torch.Tensor] = None
     ready: Optional[torch.Tensor] = None  # (2, C, 1, 1): what z is multiplied by, and what is added
 
     @property
     def x(self) -> torch.Tensor:
-        return _made(self.z, self.ready)
+        return self.z if self.ready is None else as_dtype(self.z * self.ready[:1] + self.ready[1:], self.z.dtype)
 
-
-def _made(z: torch.Tensor, ready: Optional[torch.Tensor]) -> torch.Tensor:
-    return z if ready is None else as_dtype(z * ready[:1] + ready[1:], z.dtype)
-
-
-class _Sums(NamedTuple):
-    """Of a gradient g of x by sample and channel, (B, C, 1, 1) each."""
-
-    alone: torch.Tensor  # Σ g
-    along: torch.Tensor  # Σ g·(z − mean)
-
-    def by_product(self, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Σ g·x"""
-        return self.along * scale + self.alone * bias
+    def gradients(self, g: torch.Tensor, g_scale: Any, g_bias: Any) -> Tuple[Any, ...]:
+        """Of each of these; g is the gradient of x."""
+        if self.scale is None:
+            return as_dtype(g, self.z.dtype), None, None, None, None
+        return as_dtype(g * self.scale, self.z.dtype), g_scale, g_bias, None, None
 
 
 class _Squeezes(torch.autograd.Function):
     """The average and the maximum over positions, (B, C, 1, 1) each."""
 
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, scale: Any, bias: Any, mean: Any, ready: Any) -> Tuple[torch.Tensor, ...]:
-        average, largest, away = _squeezes(Source(z, scale, bias, mean, ready))
-        ctx.save_for_backward(z, scale, mean, ready, largest, away)
+    def forward(ctx: Any, *source: Any) -> Tuple[torch.Tensor, ...]:
+        average, largest, away = _squeezes(Source(*source))
+        ctx.save_for_backward(*source, largest, away)
         return average, largest
 
     @staticmethod
     def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> Tuple[Any, ...]:
-        z, scale, mean, ready, largest, away = ctx.saved_tensors
-        dtype, places = largest.dtype, z.shape[2] * z.shape[3]
-        zero = torch.zeros((), dtype=dtype, device=z.device)
-        at_top = as_dtype(_made(z, ready), dtype) >= largest
+        *source, largest, away = ctx.saved_tensors
+        s, dtype = Source(*source), largest.dtype
+        zero = torch.zeros((), dtype=dtype, device=largest.device)
+        at_top = as_dtype(s.x, dtype) >= largest
         ties = _over_positions(as_dtype(at_top, dtype)).clamp(min=1)
-        average, share = g_average / places, g_largest / ties
-        g = torch.where(as_dtype(_made(z, ready), dtype) == largest, share, zero) + average
-        if scale is None:
-            return as_dtype(g, z.dtype), None, None, None, None
-        top = _over_positions(torch.where(at_top, z - mean, zero))
-        g_scale = (share * top + g_average * away).sum(0, True)
-        return as_dtype(g * scale, z.dtype), g_scale, (g_average + g_largest).sum(0, True), None, None
+        average, share = g_average / (s.z.shape[2] * s.z.shape[3]), g_largest / ties
+        g_scale = g_bias = None
+        if s.mean is not None:
+            top = _over_positions(torch.where(at_top, s.z - s.mean, zero))
+            g_scale, g_bias = (share * top + g_average * away).sum(0, True), (g_average + g_largest).sum(0, True)
+        return s.gradients(torch.where(as_dtype(s.x, dtype) == largest, share, zero) + average, g_scale, g_bias)
 
 
 class _Maps(torch.autograd.Function):
     """The average and the maximum over channels of x·ca, (B, 1, H, W) each, for ca (B, C, 1, 1)."""
 
     @staticmethod
-    def forward(ctx: Any, z: torch.Tensor, scale: Any, bias: Any, mean: Any, ready: Any, ca: torch.Tensor) -> Any:
-        average, largest = _maps(_made(z, ready), ca)
-        ctx.save_for_backward(z, scale, bias, mean, ready, ca, largest)
+    def forward(ctx: Any, ca: torch.Tensor, *source: Any) -> Tuple[torch.Tensor, torch.Tensor]:
+        average, largest = _maps(Source(*source).x, ca)
+        ctx.save_for_backward(ca, *source, largest)
         return average, largest
 
     @staticmethod
     def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> Tuple[Any, ...]:
-        z, scale, bias, mean, ready, ca, largest = ctx.saved_tensors
-        dtype = largest.dtype
-        x = _made(z, ready)
-        zero = torch.zeros((), dtype=dtype, device=z.device)
+        ca, *source, largest = ctx.saved_tensors
+        s, dtype = Source(*source), largest.dtype
+        x = s.x
+        zero = torch.zeros((), dtype=dtype, device=largest.device)
         ties = as_dtype(largest <= as_dtype(ca * x, dtype), dtype).sum(1, True)
-        average, share = g_average / z.shape[1], g_largest / ties.clamp(min=1)
+        average, share = g_average / s.z.shape[1], g_largest / ties.clamp(min=1)
+        # One number three times, each for a loop of its own.
         g = average + torch.where(as_dtype(ca * x, dtype) >= largest, share, zero)
         again = torch.where(as_dtype(ca * x, dtype) == largest, share, zero) + average
         once_more = torch.where(largest == as_dtype(ca * x, dtype), share, zero) + average
-        return _product_gradients(z, scale, bias, mean, ca, g * ca, again, once_more)
+        return _of_product(s, ca, g * ca, again, once_more)
 
 
 class _Masked(torch.autograd.Function):
     """x·ca·sa, for ca (B, C, 1, 1) and sa (B, 1, H, W)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: torch.Tensor, scale: Any, bias: Any, mean: Any, ready: Any, ca: torch.Tensor, sa: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(z, scale, bias, mean, ready, ca, sa)
-        return _made(z, ready) * (ca * sa)
+    def forward(ctx: Any, sa: torch.Tensor, ca: torch.Tensor, *source: Any) -> torch.Tensor:
+        ctx.save_for_backward(sa, ca, *source)
+        return Source(*source).x * (ca * sa)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
-        z, scale, bias, mean, ready, ca, sa = ctx.saved_tensors
-        dtype = compute_dtype(z)
-        of_sa = (as_dtype(g, dtype) * _made(z, ready) * ca).sum(1, True)
-        found = _product_gradients(z, scale, bias, mean, ca, (g * sa) * ca, *[sa * as_dtype(g, dtype)] * 2)
-        return (*found, as_dtype(of_sa, sa.dtype))
+        sa, ca, *source = ctx.saved_tensors
+        s, dtype = Source(*source), compute_dtype(g)
+        of_sa = (as_dtype(g, dtype) * s.x * ca).sum(1, True)
+        of_y = sa * as_dtype(g, dtype)
+        return (as_dtype(of_sa, sa.dtype), *_of_product(s, ca, (g * sa) * ca, of_y, of_y))
 
 
-def _product_gradients(
-    z: torch.Tensor,
-    scale: Any,
-    bias: Any,
-    mean: Any,
-    ca: torch.Tensor,
-    g_x: torch.Tensor,
-    g: torch.Tensor,
-    again: torch.Tensor,
+def _of_product(
+    s: Source, ca: torch.Tensor, g_x: torch.Tensor, g: torch.Tensor, again: torch.Tensor
 ) -> Tuple[Any, ...]:
-    """The gradients of z, scale, bias, none for mean and ready, and of ca, from g, that of x·ca, and g_x = g·ca."""
-    if scale is None:
-        return as_dtype(g_x, z.dtype), None, None, None, None, as_dtype(_over_positions(g * z), ca.dtype)
-    sums = _Sums(_over_positions(again), _over_positions(g * (z - mean)))
-    g_scale, g_bias = ((ca * t).sum(0, True) for t in (sums.along, sums.alone))
-    g_ca = as_dtype(sums.along * scale + sums.alone * bias, ca.dtype)
-    return as_dtype(g_x * scale, z.dtype), g_scale, g_bias, None, None, g_ca
+    """The gradients of ca and of a source from that of x·ca, g, which is given twice, and g_x = g·ca."""
+    if s.scale is None:
+        return as_dtype(_over_positions(g * s.z), ca.dtype), *s.gradients(g_x, None, None)
+    along, alone = _over_positions(g * (s.z - s.mean)), _over_positions(again)
+    g_ca = as_dtype(along * s.scale + alone * s.bias, ca.dtype)
+    return g_ca, *s.gradients(g_x, (ca * along).sum(0, True), (ca * alone).sum(0, True))
 
 
 class _Measured(torch.autograd.Function):
@@ -170,7 +153,7 @@ class _Measured(torch.autograd.Function):
 
 
 class _Stored(torch.autograd.Function):
-    """x, whose gradient is stored: several loops read it, and inductor would make it anew in each."""
+    """x, whose gradient is stored, since inductor stores what is read by its strides."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
@@ -205,15 +188,15 @@ def _maps(x: torch.Tensor, ca: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor
 
 def maps_of(s: Source, ca: torch.Tensor) -> torch.Tensor:
     """The average and the maximum over channels of x·ca, (B, 2, H, W), for ca (B, C, 1, 1)."""
-    return torch.cat(_Maps.apply(*s, ca) if torch.is_grad_enabled() else _maps(s.x, ca), 1)
+    return torch.cat(_Maps.apply(ca, *s) if torch.is_grad_enabled() else _maps(s.x, ca), 1)
 
 
 def apply_masks(s: Source, ca: torch.Tensor, sa: torch.Tensor) -> torch.Tensor:
     """x·ca·sa, for ca (B, C, 1, 1) and sa (B, 1, H, W)."""
-    return _Masked.apply(*s, ca, sa) if torch.is_grad_enabled() else s.x * (ca * sa)
+    return _Masked.apply(sa, ca, *s) if torch.is_grad_enabled() else s.x * (ca * sa)
 
 
-@torch.compiler.allow_in_graph
+@torch.compiler.allow_in_graph  # dynamo would take the strides for those of a contiguous tensor
 def _stored(x: torch.Tensor) -> torch.Tensor:
     return _Stored.apply(x)
 

@@ -128,10 +128,7 @@ def branch_end(
         fresh: Nobody else holds z, so that it may be overwritten where nothing needs a gradient.
     """
     if is_compiled():
-        own = getattr(attn, "compiles", False) and "forward" not in attn.__dict__ and not has_hooks(attn)
-        branch = attn.of_source(normalised(norm, z)) if own else attn(z if norm is None else norm(z))
-        out = stored(_steps(branch, shortcut, gamma, drop_path, None))
-        return out if act is None else act(out)
+        return _compiled_end(attn, z, shortcut, norm, gamma, drop_path, act)
     named = named_weights(attn)
     if named is None:  # somebody else's part in it
         return _steps(attn.forward(z if norm is None else norm(z)), shortcut, gamma, drop_path, act)
@@ -159,6 +156,27 @@ def branch_end(
             z, fresh = norm(z), True
         out = fused_without_grad(attn, z, named, End(shortcut, gamma, relu), affine, fresh)
     return out if relu or act is None else act(out)
+
+
+def _compiled_end(
+    attn: nn.Module,
+    z: torch.Tensor,
+    shortcut: torch.Tensor,
+    norm: Optional[nn.Module],
+    gamma: Optional[torch.Tensor],
+    drop_path: Optional[nn.Module],
+    act: Optional[nn.Module],
+) -> torch.Tensor:
+    """`branch_end` for torch.compile."""
+    if getattr(attn, "compiles", False) and "forward" not in attn.__dict__ and not has_hooks(attn):
+        source = normalised(norm, z)
+        fits = gamma is not None and gamma.dtype == source.z.dtype
+        branch = attn.of_source(source, gamma if fits else None)
+        gamma = None if fits else gamma
+    else:
+        branch = attn(z if norm is None else norm(z))
+    out = stored(_steps(branch, shortcut, gamma, drop_path, None))
+    return out if act is None else act(out)
 
 
 def _steps(
