@@ -14,7 +14,7 @@ import timm_cbam2  # noqa: F401
 from timm_cbam2.data import headers
 from timm_cbam2.data.folders import Paths
 from timm_cbam2.data.formats import open_image
-from timm_cbam2.data.loading import ImageDataset, data_config, make_loader
+from timm_cbam2.data.loading import ImageDataset, build_transform, data_config, make_loader
 from timm_cbam2.data.reading import read_image
 from timm_cbam2.data.sources import find_images
 from timm_cbam2.errors import UserError
@@ -244,3 +244,25 @@ def test_names_are_kept_as_bytes(tmp_path):
     assert list(paths.select([3, 0])) == [names[3], names[0]] and paths.select([]) == []
     assert list(paths.relative()) == [os.path.relpath(name, "a") for name in names]
     assert list(paths.select([0, 1]).relative()) == ["1.jpg", "ü.png"] and list(paths[:1].relative()) == ["."]
+
+
+def test_padded_moves_and_mirrors_and_resamples_nothing(config):
+    """By up to an eighth, 2 of 16 pixels; a picture of another shape is made to cover the size, and keeps its shape."""
+    pixels = np.random.default_rng(0).integers(1, 256, (16, 16, 3), dtype=np.uint8)
+    wide = np.pad(pixels, ((2, 2), (2, 2), (0, 0)))
+    crops = [wide[y : y + 16, x : x + 16] for y in range(5) for x in range(5)]
+    allowed = {np.ascontiguousarray(c).tobytes() for crop in crops for c in (crop, crop[:, ::-1])}
+    transform = build_transform(config, "padded")
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ("mean", "std"))
+    seen = set()
+    for _ in range(60):
+        image = (transform(Image.fromarray(pixels)) * std + mean) * 255
+        seen.add(image.round().byte().permute(1, 2, 0).numpy().tobytes())
+    assert seen <= allowed and len(seen) > 20
+    stripes = np.tile(
+        np.repeat(np.array([0, 255], np.uint8), 6), (32, 8)
+    )  # 96 wide: squeezed into 16 they would be grey
+    image = transform(Image.fromarray(stripes).convert("RGB")) * std + mean
+    assert image.shape == (3, 16, 16)
+    for row in image[0, 4:12]:
+        assert ((row < 0.2).sum() >= 4) and ((row > 0.8).sum() >= 4)

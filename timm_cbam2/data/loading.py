@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.data.transforms import str_to_interp_mode
+from timm.data.transforms import ResizeKeepRatio
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import Compose, RandomCrop, Resize
+from torchvision.transforms import Compose, RandomCrop
 
 from ..errors import UserError, one_line
 from ..models.saved_cbam2 import input_channels
@@ -105,9 +105,12 @@ def build_transform(config: dict[str, Any], augment: str | None = None, **more: 
 
 
 def _moved(size: tuple[int, int], interpolation: str) -> Any:
-    """An image at `size` (H, W), moved by up to an eighth of it each way, as in "Deep Residual Learning", 4.2."""
-    resize = Resize(size, str_to_interp_mode("bilinear" if interpolation == "random" else interpolation))
-    return Compose([resize, RandomCrop(size, padding=(size[1] // 8, size[0] // 8))])
+    """Images that cover `size` (H, W), moved by up to an eighth of it, where zeros move in.
+
+    As in "Deep Residual Learning for Image Recognition", 4.2, https://arxiv.org/abs/1512.03385.
+    """
+    padding = [size[1] // 8, size[0] // 8]
+    return Compose([ResizeKeepRatio(size, longest=0.0, interpolation=interpolation), RandomCrop(size, padding)])
 
 
 class ImageDataset(Dataset):

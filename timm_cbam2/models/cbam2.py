@@ -204,7 +204,7 @@ class Cbam2(nn.Module):
 
     @torch.jit.unused
     def of_source(self, source: Source, gamma: Optional[torch.Tensor] = None) -> torch.Tensor:
-        """`forward` for torch.compile, times gamma (C,), of the same dtype: both masks at once, a BatchNorm before them."""
+        """`forward` for torch.compile, times gamma (C,), of the same dtype: both masks at once, and a norm before."""
         dtype = source.z.dtype
         with no_autocast(source.z):
             mask, _ = self.channel.mask_of(*squeezes_of(source))
