@@ -91,8 +91,8 @@ class _Cbam2Function(torch.autograd.Function):
         end = End(shortcut, gamma, call.relu, call.drop is not None)
         out, ctx.small, ctx.whole, ctx.networks = _forward(call, passes, end, rest)
         ctx.call, ctx.again = call, passes.again
-        kept = out if call.relu else None
-        ctx.save_for_backward(x, shortcut, gamma, weight, bias, mean, invstd, kept, *rest)
+        kept = out if call.relu else None  # no gradient asks for the shortcut itself
+        ctx.save_for_backward(x, gamma, weight, bias, mean, invstd, kept, *rest)
         return out
 
     @staticmethod
@@ -102,9 +102,9 @@ class _Cbam2Function(torch.autograd.Function):
 
     @staticmethod
     def backward_of(ctx: Any, g: torch.Tensor) -> Tuple[Any, ...]:
-        x, shortcut, gamma, weight, bias, mean, invstd, out, *parameters = ctx.saved_tensors
+        x, gamma, weight, bias, mean, invstd, out, *parameters = ctx.saved_tensors
         if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(g):
-            return (None, *_recompute(ctx, g, [x, shortcut, gamma, weight, bias, *parameters]))
+            return (None, *_recompute(ctx, g, out, [x, gamma, weight, bias, *parameters]))
         affine = None if mean is None else train_affine(weight, bias, mean, invstd)
         passes = ctx.again(x, affine)  # as in the forward pass, whatever was switched on or off since
         if ctx.whole is not None:
@@ -172,34 +172,36 @@ class _Plain(nn.Module):
         return self.block.forward(x, return_attention=True)[0]
 
 
-def _recompute(ctx: Any, g: torch.Tensor, inputs: List[Any]) -> List[Any]:
-    """The backward that can itself be differentiated, or vectorised: through the plain path."""
+def _recompute(ctx: Any, g: torch.Tensor, out: Optional[torch.Tensor], inputs: List[Any]) -> List[Any]:
+    """The backward that can itself be differentiated, or vectorised: through the plain path. The shortcut's gradient is
+    g, 0 where the activation, if `out` of one is given, was flat."""
     call = ctx.call
     plain = _Plain(call.block)
     parts = (call.block.channel, call.block.spatial)
     own = {id(p): name for name, p in plain.named_parameters()}
     names = [own[id(p)] for part in parts for p in part.parameters()]
     with torch.enable_grad():
-        # Nodes of their own: x may have been made of the shortcut, whose gradient would come twice.
+        if out is not None:
+            g = torch.ops.aten.threshold_backward(g, out.detach(), 0)
+        # Nodes of their own: one may have been made of another, whose gradient would come twice.
         inputs = [t if t is None else t.view_as(t) for t in inputs]
-        x, shortcut, gamma, weight, bias, *parameters = inputs
+        x, gamma, weight, bias, *parameters = inputs
         if call.norm is not None:
             x = F.batch_norm(x, None, None, weight, bias, True, 0.0, call.norm.eps)
         with measured_by(call.block, call.found) as buffers:
             tensors = {**dict(zip(names, parameters)), **{f"block.{name}": b for name, b in buffers.items()}}
-            out = torch.func.functional_call(plain, tensors, (x,))
+            branch = torch.func.functional_call(plain, tensors, (x,))
         if gamma is not None:
-            out = out * gamma[:, None, None]
+            branch = branch * gamma[:, None, None]
         if call.drop is not None:
-            out = out * call.drop[:, None, None, None]
-        if shortcut is not None:
-            out = out + shortcut
-        if call.relu:
-            out = out.relu()
-    needs = ctx.needs_input_grad[1:]
+            branch = branch * call.drop[:, None, None, None]
+    of_x, of_shortcut, *others = ctx.needs_input_grad[1:]
+    needs = [of_x, *others]
     needed = [t for t, need in zip(inputs, needs) if need]
-    found = iter(torch.autograd.grad(out, needed, g, create_graph=torch.is_grad_enabled(), allow_unused=True))
-    return [next(found) if need else None for need in needs]
+    again = torch.is_grad_enabled()
+    found = iter(torch.autograd.grad(branch, needed, g, create_graph=again, allow_unused=True) if needed else ())
+    g_x, *grads = [next(found) if need else None for need in needs]
+    return [g_x, g if of_shortcut else None, *grads]
 
 
 def needs_gradient(block: nn.Module, *inputs: Optional[torch.Tensor]) -> bool:
