@@ -184,7 +184,7 @@ class Cbam2(nn.Module):
         if not torch.jit.is_tracing() and (x.dim() != 4 or x.shape[1] != channels):
             raise ValueError(f"Features of shape {tuple(x.shape)} do not fit; give x as (B, {channels}, H, W).")
         if not return_attention:
-            if is_compiled() and self.compiles:
+            if is_compiled() and self.compiles():
                 return _end(self.of_source(Source(x)), shortcut, act)
             named = named_weights(self) if may_fuse(self, x) else None
             if named is None:
@@ -196,13 +196,10 @@ class Cbam2(nn.Module):
         out, spatial_mask, router_weights = self.spatial(y, return_attention=True)
         return _end(out, shortcut, act), CbamAttention(channel_mask, fusion_weights, spatial_mask, router_weights)
 
-    @torch.jit.unused
-    @property
     def compiles(self) -> bool:
         """Whether `of_source` does what `forward` does."""
         return self.spatial.learned is None and not (has_hooks(self.channel) or has_hooks(self.spatial))
 
-    @torch.jit.unused
     def of_source(self, source: Source, gamma: Optional[torch.Tensor] = None) -> torch.Tensor:
         """`forward` for torch.compile, times gamma (C,), of the same dtype: both masks at once, and a norm before."""
         dtype = source.z.dtype

@@ -246,7 +246,8 @@ def normalised(norm: Optional[nn.Module], z: torch.Tensor) -> Source:
         norm.running_mean.lerp_(mean.view(-1), norm.momentum)
         norm.running_var.lerp_(var.view(-1) * (count / (count - 1)), norm.momentum)
         invstd = torch.rsqrt(var + norm.eps)
-    return _source(z, *_Measured.apply(z, mean, invstd, weight, bias), mean)
+    scale, shift = _Measured.apply(z, mean, invstd, weight, bias)
+    return _source(z, scale, shift, mean)
 
 
 def _source(z: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor) -> Source:

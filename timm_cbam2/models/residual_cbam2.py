@@ -168,7 +168,7 @@ def _compiled_end(
     act: Optional[nn.Module],
 ) -> torch.Tensor:
     """`branch_end` for torch.compile."""
-    if getattr(attn, "compiles", False) and "forward" not in attn.__dict__ and not has_hooks(attn):
+    if hasattr(attn, "compiles") and attn.compiles() and "forward" not in attn.__dict__ and not has_hooks(attn):
         source = normalised(norm, z)
         fits = gamma is not None and gamma.dtype == source.z.dtype
         branch = attn.of_source(source, gamma if fits else None)
