@@ -259,9 +259,8 @@ def test_padded_moves_and_mirrors_and_resamples_nothing(config):
         image = (transform(Image.fromarray(pixels)) * std + mean) * 255
         seen.add(image.round().byte().permute(1, 2, 0).numpy().tobytes())
     assert seen <= allowed and len(seen) > 20
-    stripes = np.tile(
-        np.repeat(np.array([0, 255], np.uint8), 6), (32, 8)
-    )  # 96 wide: squeezed into 16 they would be grey
+    # 96 wide: squeezed into 16 they would be grey.
+    stripes = np.tile(np.repeat(np.array([0, 255], np.uint8), 6), (32, 8))
     image = transform(Image.fromarray(stripes).convert("RGB")) * std + mean
     assert image.shape == (3, 16, 16)
     for row in image[0, 4:12]:

@@ -54,11 +54,9 @@ def test_onnx_of_any_batch_and_size(tmp_path):
 
 @pytest.mark.parametrize("name", ["test_resnet_cbam2", "test_convnext_cbam2", "resnet20_cbam2"])
 def test_torchscript_of_any_batch_and_size(name, tmp_path):
-    network = model(name)
-    with torch.no_grad():
-        largest = network(torch.randn(2, 3, 64, 64)).abs().max()
-    # At outputs of 12 both are 1e-4 off what float64 computes, where sums are made eight at a time.
-    assert export_torchscript(network, tmp_path / "m.pt", (3, 64, 64)) < 1e-4 * max(1.0, largest)
+    # Of resnet20 the trained weights: with random ones float32 alone rounds by 1e-4 on processors without AVX-512.
+    network = timm.create_model(name, pretrained=True).eval() if name == "resnet20_cbam2" else model(name)
+    assert export_torchscript(network, tmp_path / "m.pt", (3, 64, 64)) < 1e-4
     loaded = torch.jit.load(tmp_path / "m.pt")
     assert not any(".branches." in key for key in loaded.state_dict())
     x = torch.randn(5, 3, 96, 128)
