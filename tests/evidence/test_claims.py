@@ -145,14 +145,15 @@ def test_pairs_are_of_one_setting(tmp_path):
         append(path, {**row, "variant": "plain", "seed": seed, "accuracy": plain})
         append(path, {**row, "variant": "cbam2", "seed": seed, "accuracy": better})
     append(path, {**row, "variant": "cbam2", "seed": 2, "accuracy": 0.9})  # without its pair
+    append(path, {**row, "variant": "plain", "seed": 2, "accuracy": 0.1, "mixed_precision": "no"})  # nor is this
     with path.open("a") as file:
         file.write('{"cut off')
     rows = read(path)
     found = paired(rows, "cbam2", "plain")
-    assert len(rows) == 5 and found.count == 2 and found.mean == pytest.approx(3.0)
+    assert len(rows) == 6 and found.count == 2 and found.mean == pytest.approx(3.0)
     assert found.half == pytest.approx(12.706 * 1.0, rel=1e-3)  # Student's t for two values, standard error 1
     append(path, {**row, "variant": "se", "accuracy": 0.1})
-    assert [r["variant"] for r in read(path)][-1] == "se" and len(read(path)) == 6
+    assert [r["variant"] for r in read(path)][-1] == "se" and len(read(path)) == 7
 
 
 def test_a_run_and_its_table(tmp_path, capsys):
@@ -170,10 +171,13 @@ def test_a_run_and_its_table(tmp_path, capsys):
     moved = json.loads(path.read_text().splitlines()[-1])
     assert (plain["start_on"], moved["start_on"]) == ("light", "scale")
     assert moved["grad_cam"]["inside"] != plain["grad_cam"]["inside"]
+    assert run(variants="plain", mixed_precision="no", **small) == 1 and plain["mixed_precision"] == "bf16"
+    single = json.loads(path.read_text().splitlines()[-1])
+    assert single["mixed_precision"] == "no" and single["grad_cam"]["inside"] != plain["grad_cam"]["inside"]
     capsys.readouterr()
     table(results=path)
     shown = capsys.readouterr().out
-    assert "| maps-none | 1 |" in shown and "Grad-CAM on plain" in shown
+    assert "| maps-none | 1 |" in shown and "| plain | 2 |" in shown and "Grad-CAM on plain" in shown
     for wrong, text in (
         (dict(task="clutte"), "clutter, crowd, scale, light, position"),
         (dict(variants="plain,sse"), "no sse"),
@@ -181,6 +185,7 @@ def test_a_run_and_its_table(tmp_path, capsys):
         (dict(stages="4"), "--stages 4"),
         (dict(start_on="clutte"), "--start-on clutte: no such task"),
         (dict(start_on="scale", start=0), "--start-on scale: for how many epochs"),
+        (dict(mixed_precision="fp16"), "--mixed-precision fp16: no fp16; give some of no, bf16"),
         (dict(recipe="adam"), "adamw, adamw-slow, adamw-fast, sgd, sgd-fast"),
     ):
         with pytest.raises(UserError, match=text):

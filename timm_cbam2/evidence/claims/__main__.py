@@ -65,12 +65,13 @@ def run(
     epochs: Annotated[int, typer.Option(help="Passes over them.", min=1)] = 6,
     batch_size: Annotated[int, typer.Option(help="Images a step.", min=2)] = 32,
     side: Annotated[int, typer.Option(help="Pixels.", min=16)] = SIDE,
+    mixed_precision: Annotated[str, typer.Option(help="no or bf16, which a CPU without AVX-512 lacks.")] = "bf16",
     results: Annotated[Path, typer.Option(help="File that lines are added to.")] = RESULTS,
 ) -> int:
     """Train and measure every variant by every seed, one seed after the other; what the file has is left out.
 
     Raises:
-        UserError: no such task, variant, recipe or stage.
+        UserError: no such task, variant, recipe, stage or precision.
     """
     task, data = _task("task", task)
     start_on, start_data = (task, data) if start_on is None else _task("start-on", start_on)
@@ -78,12 +79,13 @@ def run(
         raise UserError(f"--start-on {start_on}: for how many epochs? Give --start too, such as --start 8")
     _names("recipe", recipe, RECIPES)
     _names("family", family, FAMILIES)
+    _names("mixed-precision", mixed_precision, ("no", "bf16"))
     if not stages or set(stages) - set(FAMILIES[family]):
         raise UserError(f"--stages {stages}: give some of {FAMILIES[family]}, such as 23")
     setting = dict(
         family=family, task=task, side=side, count=count, depth=depth, stages=stages, start=start,
         start_on=start_on, epochs=epochs, batch_size=batch_size,
-        recipe=recipe,
+        recipe=recipe, mixed_precision=mixed_precision,
     )  # fmt: skip
     torch.set_num_threads(1)  # so that a number does not depend on who else computes
     trained = 0

@@ -13,7 +13,7 @@ __all__ = ["KEYS", "RESULTS", "append", "key_of", "paired", "read"]
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 # What tells one training from another.
-KEYS = "family task side count depth stages start start_on epochs batch_size recipe variant seed".split()
+KEYS = "family task side count depth stages start start_on epochs batch_size recipe mixed_precision variant seed".split()
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -22,8 +22,8 @@ def read(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
-    # The first lines are from when there were ResNets only, and none had begun on another task.
-    return [{"family": "resnet", "start_on": line["task"], **line} for line in lines]
+    # The first lines are from when there were ResNets only, all in bf16, and none had begun on another task.
+    return [{"family": "resnet", "start_on": line["task"], "mixed_precision": "bf16", **line} for line in lines]
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

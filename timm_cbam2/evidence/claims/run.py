@@ -19,7 +19,7 @@ from .variants import VARIANTS
 
 __all__ = ["train_and_measure"]
 
-START = ("side", "count", "depth", "seed", "start", "recipe", "family")
+START = ("side", "count", "depth", "seed", "start", "recipe", "family", "mixed_precision")
 WARM_LR = 0.5  # of the recipe's, where training goes on from a trained network
 
 
@@ -37,13 +37,14 @@ def _samples(task: str, split: str, count: int, side: int) -> Samples:
 
 @functools.lru_cache(2)
 def _trained_plain(
-    task: str, side: int, count: int, depth: int, seed: int, epochs: int, recipe: str, family: str
+    task: str, side: int, count: int, depth: int, seed: int, epochs: int, recipe: str, family: str, precision: str
 ) -> dict:
     """The weights of a plain network after so many epochs, from which every variant of a seed goes on."""
     made = _samples(task, "train", count, side)
     network = build("plain", depth, seed, family=family)
     images, labels = torch.from_numpy(made.images), torch.from_numpy(made.labels)
-    train(network, images, labels, seed + 1000, RECIPES[recipe], epochs, mirror=made.boxes is None)
+    how = dict(bf16=precision == "bf16", mirror=made.boxes is None)
+    train(network, images, labels, seed + 1000, RECIPES[recipe], epochs, **how)
     return network.state_dict()
 
 
@@ -69,8 +70,8 @@ def train_and_measure(
     if job["start"]:
         recipe["lr"] *= WARM_LR
     images, labels = torch.from_numpy(made.images), torch.from_numpy(made.labels)
-    shape = dict(epochs=job["epochs"], batch_size=job["batch_size"], mirror=made.boxes is None)
-    seconds = train(network, images, labels, job["seed"], recipe, **shape)
+    how = dict(bf16=job["mixed_precision"] == "bf16", mirror=made.boxes is None)
+    seconds = train(network, images, labels, job["seed"], recipe, job["epochs"], job["batch_size"], **how)
 
     def accuracy(x: torch.Tensor, y: torch.Tensor) -> float:
         return (predict(network, x) == y).double().mean().item()

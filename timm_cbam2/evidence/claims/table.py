@@ -10,7 +10,8 @@ from .results import KEYS, paired
 __all__ = ["markdown"]
 
 KINDS = ("channel", "spatial", "fusion", "branches")
-SETTING = tuple(key for key in KEYS if key not in ("variant", "seed"))
+# Both of a pair are of one precision, so that pairs of either count together.
+SETTING = tuple(key for key in KEYS if key not in ("variant", "seed", "mixed_precision"))
 HEAD = [
     "variant", "seeds", "accuracy", "above", *(f"worth of {kind}" for kind in KINDS), "channel spread, dead",
     "spatial spread, dead", "inside less outside", "of the mean mask", "pointing", "fusion spread", "branch spread",
