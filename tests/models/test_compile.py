@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from timm_cbam2 import Cbam2
+from timm_cbam2.models.compiled_cbam2 import Source, maps_of, normalised, squeezes_of
 
 NETWORKS = ["test_resnet_cbam2", "test_convnext_cbam2"]
 # The first has no two equal sides: sides that are equal when it compiles are taken to be equal always.
@@ -124,6 +125,39 @@ def test_inductor(training):
             out = forward(leaf)
             results.append([out.detach(), *torch.autograd.grad(out.square().sum(), [leaf, *module.parameters()])])
         assert_close(*results)
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("before", ["a norm", "an activation"])
+@torch._inductor.config.patch(compile_threads=1)
+def test_inductor_finds_maxima_again_in_half_precision(before):
+    """It leaves out roundings in one loop and not in the next, where a number is then no longer the maximum."""
+    generator = torch.Generator().manual_seed(0)
+    z, ca = torch.randn(4, 12, 8, 8, generator=generator), torch.rand(4, 12, 1, 1, generator=generator) + 0.5
+    of_squeezes, of_maps = torch.randn(12, generator=generator), torch.randn(8, 8, generator=generator)
+
+    def loss(norm, z):
+        source = normalised(norm, z) if before == "a norm" else Source(F.silu(z))
+        maps = maps_of(source, ca.to(z.dtype))
+        return (squeezes_of(source)[1] * of_squeezes).sum() + (maps[:, 1] * of_maps).sum()
+
+    found = []
+    for forward, dtype in ((torch.compile(loss), torch.bfloat16), (loss, torch.float64)):
+        given = z.bfloat16().to(dtype).requires_grad_()
+        norm = torch.nn.BatchNorm2d(12, dtype=torch.promote_types(dtype, torch.float32))
+        found.append(torch.autograd.grad(forward(norm, given), given)[0].double())
+    assert (found[0] - found[1]).norm() < 0.2 * found[1].norm(), "it was 0.6 to 1"
+
+
+def test_gradients_of_each_sample_compiled():
+    """By torch.func within torch.compile."""
+    model, x = make("block").eval(), images(3, 16, 16)
+
+    def gradient(image):
+        return torch.func.grad(lambda one: model(one[None]).square().sum())(image)
+
+    own, expected = torch.compile(torch.vmap(gradient), backend="aot_eager")(x), [gradient(image) for image in x]
+    assert_close([own], [torch.stack(expected)])
 
 
 class NoSync(TorchDispatchMode):

@@ -35,12 +35,22 @@ def bottleneck(attention):
     return randomise(torch.nn.Sequential(*parts)).to(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("how", ["training", "frozen norm", "autocast", "evaluation"])
+NORMS = ("frozen norm", "statistics kept", "not counted", "no shift")
+
+
+@pytest.mark.parametrize("how", ["training", "autocast", "evaluation", *NORMS])
 def test_the_end_of_a_residual_branch(how):
     """Its norm included, of which the running statistics count too."""
     model = bottleneck(True).train(how != "evaluation")
+    norm = model[1].bn3
     if how == "frozen norm":
-        model[1].bn3.eval()
+        norm.eval()
+    elif how == "statistics kept":
+        norm.track_running_stats = False
+    elif how == "not counted":
+        norm.num_batches_tracked = None
+    elif how == "no shift":
+        norm.bias = None
     eager, x = copy.deepcopy(model), images(3, 5, 6)
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
     found = []
@@ -53,7 +63,7 @@ def test_the_end_of_a_residual_branch(how):
             grads = torch.autograd.grad(out.float().square().sum(), list(module.parameters()))
         found.append([out.detach().flatten(), *(g.flatten() for g in grads), *(b.float() for b in module.buffers())])
     assert torch.equal(model[1].bn3.running_mean, bottleneck(True)[1].bn3.running_mean) == (
-        how in ("frozen norm", "evaluation")
+        how in ("frozen norm", "statistics kept", "evaluation")
     )
     if how == "autocast":  # a single gradient may be off by half of itself
         found, bound = [[torch.hstack(tensors)] for tensors in found], 0.05

@@ -172,8 +172,8 @@ def test_recording_checkpointing_and_second_derivatives(name):
 
 
 def test_what_batchnorm_is_told_not_to_do_it_does_not(ends):
-    """Frozen statistics, a cumulative average, a single value, frozen weights."""
-    for change in ("frozen", "cumulative", "weights", "no statistics"):
+    """Frozen statistics, a cumulative average, a single value, frozen weights; statistics kept, batches not counted."""
+    for change in ("frozen", "cumulative", "weights", "no statistics", "kept", "not counted"):
         model = make("test_resnet").train()
         norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         for norm in norms:
@@ -183,6 +183,10 @@ def test_what_batchnorm_is_told_not_to_do_it_does_not(ends):
                 norm.momentum = None
             elif change == "weights":
                 norm.requires_grad_(False)
+            elif change == "kept":
+                norm.track_running_stats = False
+            elif change == "not counted":
+                norm.num_batches_tracked = None
             else:
                 norm.running_mean = norm.running_var = norm.num_batches_tracked = None
                 norm.track_running_stats = False
@@ -198,6 +202,15 @@ def test_what_batchnorm_is_told_not_to_do_it_does_not(ends):
     with pytest.raises(ValueError, match="more than 1 value"):
         make("resnet20").train()(images(size=4, batch=1))
     assert ends
+
+
+def test_tensors_may_be_made_elsewhere_by_default():
+    """Such as on a GPU: what a first call looks up of this machine is of the CPU."""
+    model, x = make("test_resnet").eval(), images()
+    expected = model(x)
+    residual_cbam2._rounds_as_addcmul.cache_clear()
+    with torch.device("meta"):
+        assert torch.equal(model(x), expected)
 
 
 def test_statistics_that_are_weights_or_bare_tensors():

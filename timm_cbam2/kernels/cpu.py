@@ -104,13 +104,13 @@ class _Passes:
 @torch.no_grad()
 def _rounds_as_torch(dtype: torch.dtype) -> bool:
     """Whether the kernel's BatchNorm is that of torch bit for bit, as a network at the identity must stay."""
-    generator = torch.Generator().manual_seed(0)
-    norm = nn.BatchNorm2d(35, dtype=torch.promote_types(dtype, torch.float32)).eval()
+    generator = torch.Generator().manual_seed(0)  # on the CPU, whatever new tensors are made on
+    norm = nn.BatchNorm2d(35, device="cpu", dtype=torch.promote_types(dtype, torch.float32)).eval()
     for tensor in (norm.weight, norm.bias, norm.running_mean):
-        tensor.copy_(torch.randn(35, generator=generator))
-    z = torch.randn(2, 35, 6, 7, generator=generator).to(dtype)
+        tensor.copy_(torch.randn(35, generator=generator, device="cpu"))
+    z = torch.randn(2, 35, 6, 7, generator=generator, device="cpu").to(dtype)
     passes = KernelPasses(z, eval_affine(norm), torch.ops.timm_cbam2_cpu)
-    ones = torch.ones(2, 42, dtype=norm.weight.dtype)
+    ones = torch.ones(2, 42, dtype=norm.weight.dtype, device="cpu")
     return torch.equal(passes.finish(ones[:, :35], ones.view(2, 6, 7), End()), norm(z))
 
 

@@ -26,9 +26,16 @@ from .parts_cbam2 import as_dtype, compute_dtype, has_hooks, mean_in
 __all__ = ["Source", "apply_masks", "is_compiled", "maps_of", "normalised", "squeezes_of", "stored"]
 
 
+@torch.compiler.assume_constant_result
+def _is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp) is at work, which dynamo follows as it looks."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def is_compiled() -> bool:
-    """Whether torch.compile is looking, and not an export, whose graph should hold what converters know."""
-    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting()
+    """Whether torch.compile is looking, and not an export, whose graph should hold what converters know, nor torch.func,
+    which knows nothing of the gradients that are given here."""
+    return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not _is_transformed()
 
 
 def _over_positions(t: torch.Tensor, dtype: Optional[torch.dtype] = None, batch: bool = False) -> torch.Tensor:
@@ -63,23 +70,28 @@ class _Squeezes(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *source: Any) -> Tuple[torch.Tensor, ...]:
-        average, largest, away = _squeezes(Source(*source))
-        ctx.save_for_backward(*source, largest, away)
+        s = Source(*source)
+        average, largest, away, top = _squeezes(s, not _repeats(s.z))
+        ctx.save_for_backward(*source, top, away)
         return average, largest
 
     @staticmethod
     def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> Tuple[Any, ...]:
-        *source, largest, away = ctx.saved_tensors
-        s, dtype = Source(*source), largest.dtype
-        zero = torch.zeros((), dtype=dtype, device=largest.device)
-        at_top = as_dtype(s.x, dtype) >= largest
-        ties = _over_positions(as_dtype(at_top, dtype)).clamp(min=1)
-        average, share = g_average / (s.z.shape[2] * s.z.shape[3]), g_largest / ties
-        g_scale = g_bias = None
+        *source, top, away = ctx.saved_tensors
+        s, dtype = Source(*source), away.dtype
+        zero = torch.zeros((), dtype=dtype, device=away.device)
+        if _repeats(s.z):
+            at_top, again = s.x >= top, s.x == top
+            share = g_largest / _over_positions(as_dtype(at_top, dtype)).clamp(min=1)
+        else:
+            height, width = s.z.shape[2:]
+            at_top = again = torch.arange(height * width, device=top.device).view(1, 1, height, width) == top
+            share = g_largest
+        average, g_scale, g_bias = g_average / (s.z.shape[2] * s.z.shape[3]), None, None
         if s.mean is not None:
-            top = _over_positions(torch.where(at_top, s.z - s.mean, zero))
-            g_scale, g_bias = (share * top + g_average * away).sum(0, True), (g_average + g_largest).sum(0, True)
-        return s.gradients(torch.where(as_dtype(s.x, dtype) == largest, share, zero) + average, g_scale, g_bias)
+            off = _over_positions(torch.where(at_top, s.z - s.mean, zero))
+            g_scale, g_bias = (share * off + g_average * away).sum(0, True), (g_average + g_largest).sum(0, True)
+        return s.gradients(torch.where(again, share, zero) + average, g_scale, g_bias)
 
 
 class _Maps(torch.autograd.Function):
@@ -87,22 +99,27 @@ class _Maps(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ca: torch.Tensor, *source: Any) -> Tuple[torch.Tensor, torch.Tensor]:
-        average, largest = _maps(Source(*source).x, ca)
-        ctx.save_for_backward(ca, *source, largest)
+        x = Source(*source).x
+        average, largest, top = _maps(x, ca, not _repeats(x))
+        ctx.save_for_backward(ca, *source, top)
         return average, largest
 
     @staticmethod
     def backward(ctx: Any, g_average: torch.Tensor, g_largest: torch.Tensor) -> Tuple[Any, ...]:
-        ca, *source, largest = ctx.saved_tensors
-        s, dtype = Source(*source), largest.dtype
-        x = s.x
-        zero = torch.zeros((), dtype=dtype, device=largest.device)
-        ties = as_dtype(largest <= as_dtype(ca * x, dtype), dtype).sum(1, True)
-        average, share = g_average / s.z.shape[1], g_largest / ties.clamp(min=1)
+        ca, *source, top = ctx.saved_tensors
+        s, dtype = Source(*source), g_largest.dtype
+        zero = torch.zeros((), dtype=dtype, device=top.device)
+        if _repeats(s.z):
+            x = s.x
+            tops, share = (ca * x >= top, ca * x == top, top == ca * x), g_largest
+            share = share / as_dtype(top <= ca * x, dtype).sum(1, True).clamp(min=1)
+        else:
+            tops, share = (torch.arange(s.z.shape[1], device=top.device).view(1, -1, 1, 1) == top,) * 3, g_largest
+        average = g_average / s.z.shape[1]
         # One number three times, each for a loop of its own.
-        g = average + torch.where(as_dtype(ca * x, dtype) >= largest, share, zero)
-        again = torch.where(as_dtype(ca * x, dtype) == largest, share, zero) + average
-        once_more = torch.where(largest == as_dtype(ca * x, dtype), share, zero) + average
+        g = average + torch.where(tops[0], share, zero)
+        again = torch.where(tops[1], share, zero) + average
+        once_more = torch.where(tops[2], share, zero) + average
         return _of_product(s, ca, g * ca, again, once_more)
 
 
@@ -164,15 +181,30 @@ class _Stored(torch.autograd.Function):
         return g.as_strided(g.shape, g.stride())
 
 
-def _squeezes(s: Source) -> Tuple[torch.Tensor, ...]:
-    """The average and the maximum of x over positions, and the average of z − mean."""
+def _repeats(z: torch.Tensor) -> bool:
+    """Whether what is computed from z anew, in another loop, is the same number.
+
+    It is not where inductor leaves out roundings to half precision, in one loop and not in the other, nor where a
+    compiler may join a multiplication and an addition. There a maximum is found again by its place, not by its value.
+    """
+    return z.dtype == compute_dtype(z) and z.device.type == "cpu"
+
+
+def _squeezes(s: Source, places: bool = False) -> Tuple[torch.Tensor, ...]:
+    """The average and the maximum of x over positions, the average of z − mean, and what finds the maximum again: its
+    value, or with `places` its position in H·W."""
     dtype, x = compute_dtype(s.z), s.x
-    largest = x.amax(3, True).amax(2, True) if x.device.type == "cpu" else x.amax((2, 3), True)
+    if places:
+        in_row, column = x.max(3, True)
+        largest, row = in_row.max(2, True)
+        top = row * x.shape[3] + column.gather(2, row)
+    else:
+        top = largest = x.amax(3, True).amax(2, True) if x.device.type == "cpu" else x.amax((2, 3), True)
     away = average = _over_positions(s.z, dtype) / (x.shape[2] * x.shape[3])
     if s.ready is not None:
         away = average - s.mean
         average = away * s.scale + s.bias
-    return average, as_dtype(largest, dtype), away
+    return average, as_dtype(largest, dtype), away, top
 
 
 def squeezes_of(s: Source) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -181,14 +213,17 @@ def squeezes_of(s: Source) -> Tuple[torch.Tensor, torch.Tensor]:
     return average.flatten(1), largest.flatten(1)
 
 
-def _maps(x: torch.Tensor, ca: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+def _maps(x: torch.Tensor, ca: torch.Tensor, places: bool = False) -> Tuple[torch.Tensor, ...]:
+    """The average and the maximum of x·ca over channels, and what finds the maximum again: its value, or with `places`
+    its channel."""
     y, dtype = x * ca, compute_dtype(x)
-    return mean_in(y, [1], dtype, True), as_dtype(y.amax(1, True), dtype)
+    largest, top = y.max(1, True) if places else (y.amax(1, True),) * 2
+    return mean_in(y, [1], dtype, True), as_dtype(largest, dtype), top
 
 
 def maps_of(s: Source, ca: torch.Tensor) -> torch.Tensor:
     """The average and the maximum over channels of x·ca, (B, 2, H, W), for ca (B, C, 1, 1)."""
-    return torch.cat(_Maps.apply(ca, *s) if torch.is_grad_enabled() else _maps(s.x, ca), 1)
+    return torch.cat(_Maps.apply(ca, *s) if torch.is_grad_enabled() else _maps(s.x, ca)[:2], 1)
 
 
 def apply_masks(s: Source, ca: torch.Tensor, sa: torch.Tensor) -> torch.Tensor:
@@ -211,11 +246,12 @@ def _own(norm: Any, z: torch.Tensor) -> bool:
     return (
         type(norm) is nn.BatchNorm2d
         and not has_hooks(norm)
-        and norm.affine
+        and norm.weight is not None
+        and norm.bias is not None
         and norm.running_mean is not None
         and norm.weight.dtype == norm.running_mean.dtype == compute_dtype(z)
         and norm.training == torch.is_grad_enabled()
-        and (norm.momentum is not None or not norm.training)
+        and (norm.momentum is not None and norm.track_running_stats or not norm.training)
     )
 
 
@@ -242,7 +278,8 @@ def normalised(norm: Optional[nn.Module], z: torch.Tensor) -> Source:
     count = z.numel() // z.shape[1]
     with torch.no_grad():
         var, mean = _var_mean(as_dtype(z, compute_dtype(z)))
-        norm.num_batches_tracked.add_(1)
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.view(-1), norm.momentum)
         norm.running_var.lerp_(var.view(-1) * (count / (count - 1)), norm.momentum)
         invstd = torch.rsqrt(var + norm.eps)

@@ -60,7 +60,8 @@ def _forward(call: _Call, passes: Any, end: End, parameters: Sequence, with_grad
 
 def _train_passes(norm: nn.Module, z: torch.Tensor, learned: bool) -> Tuple[Any, torch.Tensor, torch.Tensor]:
     """The passes over norm(z) in training, and the batch's mean and 1 / standard deviation for their backward."""
-    norm.num_batches_tracked.add_(1)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
     weight, bias, buffers = norm.weight, norm.bias, (norm.running_mean, norm.running_var)
     normalises = getattr(registered(z.device.type), "normalises", None)
     if normalises is not None and normalises(z):

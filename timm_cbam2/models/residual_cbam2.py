@@ -62,12 +62,12 @@ def eval_affine(norm: nn.Module) -> Affine:
 @torch.no_grad()
 def _rounds_as_addcmul(dtype: torch.dtype) -> bool:
     """Whether torch's BatchNorm is, bit for bit, one multiplication and addition on this machine, as in `addcmul`."""
-    generator = torch.Generator().manual_seed(0)
-    norm = nn.BatchNorm2d(35, dtype=torch.promote_types(dtype, torch.float32))
+    generator = torch.Generator().manual_seed(0)  # on the CPU, whatever new tensors are made on
+    norm = nn.BatchNorm2d(35, device="cpu", dtype=torch.promote_types(dtype, torch.float32))
     for tensor in (norm.weight, norm.bias, norm.running_mean):
-        tensor.copy_(torch.randn(35, generator=generator))
-    norm.running_var.copy_(torch.rand(35, generator=generator) + 0.5)
-    z = torch.randn(3, 35, 5, 7, generator=generator).to(dtype)
+        tensor.copy_(torch.randn(35, generator=generator, device="cpu"))
+    norm.running_var.copy_(torch.rand(35, generator=generator, device="cpu") + 0.5)
+    z = torch.randn(3, 35, 5, 7, generator=generator, device="cpu").to(dtype)
     for x in (z, z.to(memory_format=torch.channels_last)):
         trained, mean, invstd = torch.native_batch_norm(x, norm.weight, norm.bias, None, None, True, 0.0, norm.eps)
         for expected, affine in (
@@ -102,6 +102,11 @@ def _folds(norm: nn.Module, z: torch.Tensor) -> bool:
         and own["weight"].dtype == kept["running_mean"].dtype == compute_dtype(z)
         and _rounds_as_norm(z)
     )
+
+
+def _measures(norm: nn.Module) -> bool:
+    """Whether a BatchNorm measures its batch, and keeps what it found in the usual way."""
+    return norm.training and norm.track_running_stats and norm.momentum is not None
 
 
 def _drops(drop_path: Optional[nn.Module]) -> bool:
@@ -142,7 +147,7 @@ def branch_end(
         return _steps(attn.forward(z if norm is None else norm(z)), shortcut, gamma, drop_path, act)
     relu = _is_bare(act, nn.ReLU)
     if trains:
-        if norm is not None and not (norm.training and norm.momentum is not None and z.numel() > z.shape[1]):
+        if norm is not None and not (_measures(norm) and z.numel() > z.shape[1]):
             z, norm = norm(z), None
         drop = (
             drop_path(z.new_ones(len(z), 1, 1, 1)).view(-1) if drop_path is not None and _drops(drop_path) else None
