@@ -3,13 +3,21 @@
 import json
 
 import timm
+import torch
+from safetensors.torch import load_file
 
 import timm_cbam2  # noqa: F401
 from timm_cbam2.hub.run_folder import with_attention_decay
-from timm_cbam2.training.optimise import attention_lr_scale, attention_parameters, freeze, make_optimizer
+from timm_cbam2.training.optimise import (
+    attention_lr_scale,
+    attention_parameters,
+    freeze,
+    make_optimizer,
+    make_schedule,
+)
 
 OPTIONS = dict(opt="adamw", opt_kwargs={}, momentum=None, lr=1.0, weight_decay=0.1, layer_decay=None)
-OPTIONS |= dict(attention_lr_scale=1.0, attention_weight_decay=None)
+OPTIONS |= dict(attention_lr_scale=1.0, attention_weight_decay=None, attention_delay_epochs=0.0)
 
 
 def test_parameter_groups():
@@ -68,6 +76,45 @@ def test_the_rate_of_attention(run, small_run, quick, tmp_path):
     result = run(*again, "--epochs", "2", "--resume", "auto")  # as if begun when the default was another
     assert result.code == 0 and "going on from" in result.out, result
     assert json.loads((tmp_path / "run2" / "run.json").read_text())["attention_lr_scale"] == 2.0
+
+
+def test_attention_that_waits():
+    """Its rate is 0 for so many epochs and then what it would have been; all else learns as ever."""
+    settings = {**OPTIONS, "sched": "cosine", "epochs": 4, "warmup_epochs": 1.0, "attention_lr_scale": 0.5}
+    found = []
+    for delay in (0.0, 1.5):
+        network = timm.create_model("resnet20_cbam2")
+        attention = {id(p) for name, p in network.named_parameters() if name in attention_parameters(network)}
+        given = {**settings, "attention_delay_epochs": delay}
+        optimizer = make_optimizer(network, given)
+        schedule, rates = make_schedule(optimizer, given, updates_per_epoch=10), {True: [], False: []}
+        for update in range(40):
+            for group in optimizer.param_groups:
+                rates[id(group["params"][0]) in attention].append(group["lr"])
+            schedule.step_update(update + 1)
+        found.append(rates)
+    (usual, waiting), groups = found, len(found[0][True]) // 40
+    assert usual[False] == waiting[False] and min(usual[True]) > 0
+    assert waiting[True] == [0.0] * (15 * groups) + usual[True][15 * groups :]
+
+
+def test_a_run_whose_attention_waits(run, refused, small_run, quick, tmp_path):
+    """Begun once or gone on with while it waits, it ends alike; before its time nothing of it has learned."""
+    args = ("finetune", "--data", small_run[1], *quick, "--no-pretrained", "--sched", "none", "--resume", "auto")
+    gate, found = "layer3.2.se.channel.fc2.weight", []  # at 0 to begin with
+    for folder, epochs in (("whole", (3,)), ("parts", (1, 3))):
+        for count in epochs:
+            how = ("--output", tmp_path / folder, "--epochs", count, "--attention-delay-epochs", "2")
+            assert run(*args, *how).code == 0
+            weights = load_file(tmp_path / folder / "last" / "model.safetensors")
+            assert weights[gate].any() == (count == 3)
+        found.append(weights)
+    assert all(torch.equal(value, found[1][key]) for key, value in found[0].items())
+    assert json.loads((tmp_path / "whole" / "run.json").read_text())["attention_delay_epochs"] == 2.0
+    refused("finetune", "--attention-delay-epochs", "inf", words=("--attention-delay-epochs inf", "a number from 0"))
+    plain = ("finetune", "--data", small_run[1], *quick, "--model", "resnet18", "--no-pretrained")
+    words = ("--attention-delay-epochs 1: this model has no attention",)
+    refused(*plain, "--attention-delay-epochs", "1", "--output", tmp_path / "plain", words=words)
 
 
 def test_begun_when_attention_was_decayed(run, refused, small_run, quick, tmp_path):

@@ -23,7 +23,8 @@ _SHOWN = (
     "epochs batch_size lr weight_decay opt sched warmup_epochs label_smoothing augment seed processes mixed_precision"
 ).split()
 _SHOWN_IF_UNUSUAL = dict(
-    train="all", model_kwargs={}, attention_lr_scale=1.0, attention_weight_decay=None, layer_decay=None, ema=None,
+    train="all", model_kwargs={}, attention_lr_scale=1.0, attention_weight_decay=None,
+    attention_delay_epochs=0.0, layer_decay=None, ema=None,
     mixup=0.0, cutmix=0.0, random_erasing=0.0, auto_augment=None, accumulate=1, bce=False,
 )  # fmt: skip
 

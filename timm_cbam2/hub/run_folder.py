@@ -68,5 +68,6 @@ def rank(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def with_attention_decay(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run that may have begun before attention had a weight decay of its own: it had that of all."""
-    return {"attention_weight_decay": saved.get("weight_decay"), **saved}
+    """Settings of a run that may have begun before attention had a weight decay of its own: it had that of all, and
+    learned from the first update on."""
+    return {"attention_weight_decay": saved.get("weight_decay"), "attention_delay_epochs": 0.0, **saved}

@@ -101,7 +101,7 @@ def attention_lr_scale(network: nn.Module, opt: str, train: str, pretrained: boo
 
 def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """timm's groups (lr by depth; no decay for norms, biases, CBAM2), with attention in groups of its own."""
-    scale, decay = settings["attention_lr_scale"], settings["attention_weight_decay"]
+    scale, decay, waits = (settings[f"attention_{name}"] for name in ("lr_scale", "weight_decay", "delay_epochs"))
     scale = 1.0 if scale is None else scale
     exempt = set(network.no_weight_decay() if hasattr(network, "no_weight_decay") else ())
     if decay == settings["weight_decay"]:  # as all others'
@@ -114,11 +114,12 @@ def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]
         )
     else:
         groups = param_groups_weight_decay(network, settings["weight_decay"], no_weight_decay_list=exempt)
-    if scale == 1.0 and decay is None:
+    if scale == 1.0 and decay is None and not waits:
         return groups
     names = attention_parameters(network)
     if not names:
-        option = f"--attention-lr-scale {scale:g}" if scale != 1.0 else f"--attention-weight-decay {decay:g}"
+        option = f"--attention-lr-scale {scale:g}" if scale != 1.0 else f"--attention-delay-epochs {waits:g}"
+        option = f"--attention-weight-decay {decay:g}" if scale == 1.0 and decay is not None else option
         raise UserError(f"{option}: this model has no attention; leave it out")
     attention = {id(p): "weights" if p.dim() > 1 else "rest" for name, p in network.named_parameters() if name in names}
     split = []
@@ -128,6 +129,8 @@ def _groups(network: nn.Module, settings: dict[str, Any]) -> list[dict[str, Any]
             own["lr_scale"] = group.get("lr_scale", 1.0) * (scale if part else 1.0)
             if part == "weights" and decay is not None:
                 own["weight_decay"] = decay
+            if part and waits:
+                own["waits"] = True
             if own["params"]:
                 split.append(own)
     return split
@@ -162,6 +165,21 @@ def make_optimizer(network: nn.Module, settings: dict[str, Any]) -> Any:
     return optimizer
 
 
+class _Delayed:
+    """A schedule of timm's, but that the groups that wait do not learn in the first so many updates."""
+
+    def __init__(self, schedule: Any, optimizer: Any, updates: float) -> None:
+        self.schedule, self.optimizer, self.updates = schedule, optimizer, updates
+        self.step_update(0)
+
+    def step_update(self, update: int) -> None:
+        self.schedule.step_update(update)
+        if update < self.updates:
+            for group in self.optimizer.param_groups:  # loading a checkpoint makes them anew
+                if group.get("waits"):
+                    group["lr"] = 0.0
+
+
 def make_schedule(optimizer: Any, settings: dict[str, Any], updates_per_epoch: int) -> Any:
     """timm's schedule of that name, a function of the number of updates; None for "none".
 
@@ -170,7 +188,8 @@ def make_schedule(optimizer: Any, settings: dict[str, Any], updates_per_epoch: i
     """
     sched, epochs, lr = settings["sched"], settings["epochs"], settings["lr"]
     warmup = min(settings["warmup_epochs"], epochs / 2)
-    if sched == "none" and any(group.get("lr_scale", 1.0) != 1.0 for group in optimizer.param_groups):
+    waits = settings["attention_delay_epochs"]
+    if sched == "none" and (waits or any(group.get("lr_scale", 1.0) != 1.0 for group in optimizer.param_groups)):
         sched, warmup = "constant", 0  # timm's schedules apply the scales, its optimizers do not
     try:
         scheduler, _ = create_scheduler_v2(
@@ -185,7 +204,7 @@ def make_schedule(optimizer: Any, settings: dict[str, Any], updates_per_epoch: i
         )
     except ValueError as error:
         raise UserError(f"--sched {settings['sched']} with --epochs {epochs}: {one_line(error, 200)}") from error
-    return scheduler
+    return _Delayed(scheduler, optimizer, waits * updates_per_epoch) if waits else scheduler
 
 
 def make_loss(settings: dict[str, Any], classes: int, weights: Tensor | None = None) -> tuple[nn.Module, Mixup | None]:

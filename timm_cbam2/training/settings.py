@@ -48,6 +48,7 @@ RANGES = {  # what typer's own limits cannot say, or, in a call from Python, are
     "momentum": ("at least 0 and less than 1, such as 0.9", lambda value: 0 <= value < 1),
     "attention_lr_scale": ("a number from 0 on, such as 2", lambda value: 0 <= value < math.inf),
     "attention_weight_decay": ("a number from 0 on, such as 0", lambda value: 0 <= value < math.inf),
+    "attention_delay_epochs": ("a number from 0 on, such as 5", lambda value: 0 <= value < math.inf),
     "warmup_epochs": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),
     "mixup": ("a number from 0 on, such as 0.2", lambda value: 0 <= value < math.inf),
     "cutmix": ("a number from 0 on, such as 1", lambda value: 0 <= value < math.inf),

@@ -37,6 +37,7 @@ SETTINGS = dict(
     layer_decay=None,
     attention_lr_scale=1.0,
     attention_weight_decay=None,  # SE's as all others'
+    attention_delay_epochs=0.0,
     opt_kwargs={},
     momentum=None,
     min_lr=0.0,
