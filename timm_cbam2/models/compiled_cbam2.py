@@ -33,8 +33,8 @@ def _is_transformed() -> bool:
 
 
 def is_compiled() -> bool:
-    """Whether torch.compile is looking, and not an export, whose graph should hold what converters know, nor torch.func,
-    which knows nothing of the gradients that are given here."""
+    """Whether torch.compile is looking, and not an export, whose graph should hold what converters know; nor is
+    torch.func at work, which takes no gradients that are given as here."""
     return torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not _is_transformed()
 
 

@@ -13,7 +13,9 @@ __all__ = ["KEYS", "RESULTS", "append", "key_of", "paired", "read"]
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 # What tells one training from another.
-KEYS = "family task side count depth stages start start_on epochs batch_size recipe mixed_precision variant seed".split()
+KEYS = (
+    "family task side count depth stages start start_on epochs batch_size recipe mixed_precision variant seed".split()
+)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
