@@ -10,7 +10,7 @@ from .results import KEYS, paired
 __all__ = ["markdown"]
 
 KINDS = ("channel", "spatial", "fusion", "branches")
-# Both of a pair are of one precision, so that pairs of either count together.
+# Both of a pair are of one precision, so that pairs of either count together; of a seed that has both, the first.
 SETTING = tuple(key for key in KEYS if key not in ("variant", "seed", "mixed_precision"))
 HEAD = [
     "variant", "seeds", "accuracy", "above", *(f"worth of {kind}" for kind in KINDS), "channel spread, dead",
@@ -50,6 +50,7 @@ def markdown(rows: Sequence[dict[str, Any]], control: str = "plain") -> Iterator
     """Lines of one table for each setting that was trained; masks and routers are those of the last block."""
     for setting in dict.fromkeys(tuple(row[key] for key in SETTING) for row in rows):
         found = [row for row in rows if tuple(row[key] for key in SETTING) == setting]
+        found = list({(row["variant"], row["seed"]): row for row in reversed(found)}.values())[::-1]
         yield ""
         yield ", ".join(f"{key} {value}" for key, value in zip(SETTING, setting))
         anchor = [r["grad_cam"]["pointing"] for r in found if r["variant"] == control and "grad_cam" in r]
