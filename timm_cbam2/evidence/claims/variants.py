@@ -27,7 +27,8 @@ def _whole(variant: dict[str, Any]) -> dict[str, Any]:
 
 SLOW, THIRD, HALF = {"attention_lr_scale": 0.1}, {"attention_lr_scale": 0.3}, {"lr": 3e-3}
 FAST, FASTEST = {"attention_lr_scale": 3.0}, {"attention_lr_scale": 10.0}
-KEPT, LATE = {"attention_weight_decay": 0.0}, {"attention_delay_epochs": 2.0}
+KEPT = {"attention_weight_decay": 0.0}
+LATE, LATER = {"attention_delay_epochs": 2.0}, {"attention_delay_epochs": 4.0}
 BOTH: dict[str, Any] = dict(router_norm=True, squeeze_norm=True)
 LIVE: dict[str, Any] = dict(center_spatial=True, **BOTH)
 MAPS_LIVE: dict[str, Any] = dict(learned_maps=4, **LIVE)
@@ -59,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "quiet-center-fast-kept": _cbam2("and three times the learning rate", {**FAST, **KEPT}, **LIVE),
     "quiet-center-fastest-kept": _cbam2("and ten times the learning rate", {**FASTEST, **KEPT}, **LIVE),
     "quiet-center-late": _cbam2("no decay, learning after two epochs", {**LATE, **KEPT}, **LIVE),
+    "quiet-center-later": _cbam2("no decay, learning after four epochs", {**LATER, **KEPT}, **LIVE),
     "quiet-center-third-late": _cbam2("and a third of the learning rate", {**LATE, **THIRD, **KEPT}, **LIVE),
     "quiet-all": _cbam2("and four learned maps", **MAPS_LIVE),
     # branches that begin whole, not at zero
