@@ -37,6 +37,8 @@ def assemble(accelerator: Any, settings: dict[str, Any], images: Images, folder:
     prepare.complete(settings, images, pretrained)
     if settings["attention_lr_scale"] is None:
         settings["attention_lr_scale"] = attention_lr_scale(network, settings["opt"], settings["train"], pretrained)
+    if settings["attention_delay_epochs"] >= settings["epochs"]:
+        notes.append("attention does not learn: give --attention-delay-epochs less than --epochs")
     config, val_config = prepare.make_configs(settings, images, network)
     resumed = settings["resume"] is not None and any((folder / "checkpoints").glob("step-*"))
     parts = prepare.make_datasets(settings, images, config, val_config, process, resumed)

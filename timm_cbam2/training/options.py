@@ -90,7 +90,7 @@ class Options:
         float | None, _option(OPTIM, "That of attention, where it is another; CBAM2 has none.", min=0.0)
     ] = None
     attention_delay_epochs: Annotated[
-        float, _option(OPTIM, "Epochs in which attention does not learn yet: CBAM2 then changes nothing.", min=0.0)
+        float, _option(OPTIM, "Epochs in which attention does not learn; a new CBAM2 then changes nothing.", min=0.0)
     ] = 0.0
     accumulate: Annotated[int, _option(OPTIM, "Batches whose gradients make one step.", min=1)] = 1
     clip_grad: Annotated[float | None, _option(OPTIM, "Largest norm of the gradient.", min=0.0)] = None
